@@ -1,0 +1,59 @@
+"""AdamW by role: weight decay on matrices only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+
+from fvtitan.errors import UserError
+
+
+@dataclass
+class OptimizerConfig:
+    """[optimizer]: defaults for every role; `[models.<role>.optimizer]` overrides single keys."""
+
+    name: Literal["AdamW"] = "AdamW"
+    """Optimizer (decoupled weight decay, arXiv:1711.05101)."""
+    lr: float = 1e-5
+    """Learning rate after warm-up."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay rates of the first and second moment."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.01
+    """Weight decay of matrices; norms, biases and modulation have none."""
+    implementation: Literal["fused", "foreach", "for-loop"] = "fused"
+    """Kernel: fused (one kernel, no host synchronisation), foreach, or a plain loop over the parameters."""
+
+    def check(self, section: str) -> None:
+        if self.lr < 0:
+            raise UserError(f"{section}.lr = {self.lr}: must be >= 0")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise UserError(f"{section}.betas = {list(self.betas)}: both must be in [0, 1)")
+        if self.eps <= 0 or self.weight_decay < 0:
+            raise UserError(f"{section}: eps = {self.eps} must be > 0 and weight_decay = {self.weight_decay} >= 0")
+
+
+def has_weight_decay(name: str, parameter: nn.Parameter) -> bool:
+    """Matrices decay; norms, biases and modulation tables do not."""
+    return parameter.ndim >= 2 and not name.endswith("modulation")
+
+
+def build_optimizer(module: nn.Module, cfg: OptimizerConfig) -> torch.optim.AdamW:
+    """AdamW over the trainable parameters of one role, in two groups: with and without weight decay."""
+    trainable = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for n, p in trainable if has_weight_decay(n, p)], "weight_decay": cfg.weight_decay},
+        {"params": [p for n, p in trainable if not has_weight_decay(n, p)], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=cfg.lr,
+        betas=cfg.betas,
+        eps=cfg.eps,
+        fused=cfg.implementation == "fused",
+        foreach=cfg.implementation == "foreach",
+    )

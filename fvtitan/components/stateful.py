@@ -1,0 +1,232 @@
+"""What a checkpoint is made of: wrappers that give models, optimizers, schedulers and generators a `state_dict`.
+
+A state is a dict, nested as one likes, of tensors and of values JSON can hold. Sharded tensors are DTensors and can be
+loaded on any number of ranks; plain tensors are taken to be equal on all ranks.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Mapping
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    set_model_state_dict,
+)
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from fvtitan.distributed.utils import reshard
+from fvtitan.errors import UserError
+
+
+class Stateful(Protocol):
+    """An object a checkpoint holds. `load_template(saved)` is optional: it returns the tensors to read into, given the
+    JSON part of what was saved, and must not change the object; without it `state_dict()` is the template."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...
+
+
+class ModelState:
+    """A module's parameters and buffers under their clean names, sharded as they are."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def state_dict(self) -> dict[str, Any]:
+        reshard(self.module)  # writes into sharded parameters are lost while they are gathered
+        return get_model_state_dict(self.module)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        reshard(self.module)
+        set_model_state_dict(self.module, state_dict, options=StateDictOptions(strict=True))
+
+
+class OptimizerState:
+    """An optimizer's state by parameter name: `state.<name>.exp_avg` is sharded like the parameter.
+
+    Reading it changes nothing and fires no hook: a parameter that was never stepped has no entry, and has none again
+    after loading (torch's own `get_optimizer_state_dict` makes a fake step instead). Hyper-parameters follow the
+    parameters' names, so the order of groups may change; which kernel runs (`fused`, `foreach`) stays as built.
+    """
+
+    _BUILT = frozenset({"params", "fused", "foreach", "capturable", "differentiable", "maximize"})
+
+    def __init__(self, module: nn.Module, optimizer: Optimizer) -> None:
+        self.optimizer = optimizer
+        names = {parameter: clean_name(name) for name, parameter in module.named_parameters()}
+        self.groups: list[list[tuple[str, nn.Parameter]]] = []
+        for group in optimizer.param_groups:
+            if unknown := sum(parameter not in names for parameter in group["params"]):
+                raise ValueError(f"{unknown} parameters of the optimizer are not in the module")
+            self.groups.append([(names[parameter], parameter) for parameter in group["params"]])
+
+    def state_dict(self) -> dict[str, Any]:
+        state = {
+            name: dict(self.optimizer.state[parameter])
+            for group in self.groups
+            for name, parameter in group
+            if self.optimizer.state.get(parameter)
+        }
+        return {
+            "state": state,
+            "entries": {name: sorted(k for k, v in e.items() if isinstance(v, Tensor)) for name, e in state.items()},
+            "param_groups": [
+                {"names": [name for name, _ in named]}
+                | {key: _plain(value) for key, value in group.items() if key not in self._BUILT}
+                for named, group in zip(self.groups, self.optimizer.param_groups, strict=True)
+            ],
+        }
+
+    def load_template(self, saved: Mapping[str, Any]) -> dict[str, Any]:
+        """Zeros for every entry that was saved, sharded like its parameter; the optimizer is not touched."""
+        self._check_parameters(saved)
+        template: dict[str, dict[str, Tensor]] = {}
+        for group, named in zip(self.optimizer.param_groups, self.groups, strict=True):
+            for name, parameter in named:
+                entries = saved["entries"].get(name, [])
+                template[name] = {entry: _empty_entry(entry, parameter, group) for entry in entries}
+        return {"state": {name: entries for name, entries in template.items() if entries}}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        saved = self._check_parameters(state_dict)
+        for group, named in zip(self.optimizer.param_groups, self.groups, strict=True):
+            for name, parameter in named:
+                self.optimizer.state.pop(parameter, None)
+                if entry := state_dict["state"].get(name):
+                    self.optimizer.state[parameter] = entry
+            values = saved[named[0][0]]
+            for key, value in values.items():
+                group[key] = _like(group.get(key), value)
+
+    def _check_parameters(self, saved: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+        """Saved hyper-parameters by parameter name; `UserError` unless they are those of this optimizer's groups."""
+        by_name = {
+            name: {key: value for key, value in group.items() if key != "names"}
+            for group in saved["param_groups"]
+            for name in group["names"]
+        }
+        ours = {name for named in self.groups for name, _ in named}
+        if differing := sorted(ours ^ by_name.keys()):
+            raise UserError(
+                f"the optimizer trains other parameters than the saved one; {len(differing)} differ: "
+                f"{', '.join(differing[:20])}"
+            )
+        for named in self.groups:
+            first = named[0][0]
+            for name, _ in named:
+                if by_name[name] != by_name[first]:
+                    raise UserError(f"{name} and {first} share an optimizer group here, but not in the checkpoint")
+        return by_name
+
+
+def seed_optimizer_state(optimizer: Optimizer) -> None:
+    """Give a fresh Adam or AdamW the entries its first step would make (zeros, step 0); nothing else changes."""
+    for group in optimizer.param_groups:
+        names = ["exp_avg", "exp_avg_sq", "step"] + (["max_exp_avg_sq"] if group["amsgrad"] else [])
+        for parameter in group["params"]:
+            if parameter.requires_grad and not optimizer.state.get(parameter):
+                optimizer.state[parameter] = {name: _empty_entry(name, parameter, group) for name in names}
+
+
+def _empty_entry(entry: str, parameter: Tensor, group: Mapping[str, Any]) -> Tensor:
+    if entry == "step":
+        on_device = group.get("fused") or group.get("capturable")
+        return torch.zeros((), dtype=torch.float32, device=parameter.device if on_device else "cpu")
+    return torch.zeros_like(parameter.detach(), memory_format=torch.preserve_format)
+
+
+class SchedulerState:
+    """A learning rate schedule's position. The curve itself belongs to the configuration and is not saved."""
+
+    def __init__(self, scheduler: LRScheduler) -> None:
+        self.scheduler = scheduler
+
+    def state_dict(self) -> dict[str, Any]:
+        return {key: _plain(value) for key, value in self.scheduler.state_dict().items() if key != "lr_lambdas"}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        curves = getattr(self.scheduler, "lr_lambdas", None)
+        self.scheduler.load_state_dict(state_dict | ({} if curves is None else {"lr_lambdas": [None] * len(curves)}))
+
+
+class TrainState:
+    """How far training has come: `step` optimizer steps are done."""
+
+    def __init__(self, step: int = 0) -> None:
+        self.step = step
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"step": self.step}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.step = state_dict["step"]
+
+
+class RandomState:
+    """This rank's generators: torch, CUDA, NumPy, Python and the method's `generator`, saved under `rank<r>`.
+
+    `device` is where training runs, by default the generator's device.
+    """
+
+    def __init__(self, generator: torch.Generator | None = None, device: torch.device | str | None = None) -> None:
+        self.generator = generator
+        self.device = torch.device(device or (generator.device if generator else "cpu"))
+        self.rank = dist.get_rank() if dist.is_initialized() else 0
+
+    def state_dict(self) -> dict[str, Any]:
+        _, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
+        version, words, next_gauss = random.getstate()
+        state: dict[str, Any] = {
+            "torch": torch.get_rng_state(),
+            "numpy": {
+                "keys": torch.from_numpy(keys.astype(np.int64)),
+                "position": int(position),
+                "has_gauss": int(has_gauss),
+                "gauss": float(gauss),
+            },
+            "python": {"version": version, "words": torch.tensor(words), "next_gauss": next_gauss},
+        }
+        if self.device.type == "cuda":
+            state["cuda"] = torch.cuda.get_rng_state(self.device)
+        if self.generator is not None:
+            state["generator"] = self.generator.get_state()
+        return {f"rank{self.rank}": state}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        state = state_dict[f"rank{self.rank}"]
+        numpy, python = state["numpy"], state["python"]
+        torch.set_rng_state(state["torch"])
+        keys = numpy["keys"].numpy().astype(np.uint32)
+        np.random.set_state(("MT19937", keys, numpy["position"], numpy["has_gauss"], numpy["gauss"]))
+        random.setstate((python["version"], tuple(python["words"].tolist()), python["next_gauss"]))
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state(state["cuda"], self.device)
+        if self.generator is not None:
+            self.generator.set_state(state["generator"])
+
+
+def clean_name(name: str) -> str:
+    """A parameter's name without the parts that wrappers put in."""
+    return name.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.item()
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _like(current: Any, saved: Any) -> Any:
+    """`saved`, as it came from JSON, in the type that `current` has."""
+    if isinstance(current, Tensor):
+        return current.fill_(saved)
+    return tuple(saved) if isinstance(current, tuple) and isinstance(saved, Iterable) else saved

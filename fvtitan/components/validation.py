@@ -1,0 +1,195 @@
+"""Validation: a held-out loss that means something, sampled videos one can watch, and their judge.
+
+Noise, clips and noise levels are fixed by the seed alone, so numbers are comparable over steps, ranks and resumes.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from fvtitan import samplers
+from fvtitan.components.ema import EMA
+from fvtitan.components.files import write_atomic
+from fvtitan.components.metrics import MetricLogger
+from fvtitan.components.rng import generator
+from fvtitan.components.visualise import contact_sheet
+from fvtitan.data.latent_cache import LatentCache
+from fvtitan.errors import UserError
+from fvtitan.flow_matching import sample_sigma
+from fvtitan.methods.base import TrainingMethod
+from fvtitan.models.encoders import TextEncoder, VideoVAE
+
+if TYPE_CHECKING:
+    from fvtitan.config import JobConfig
+
+NUM_QUANTILES = 9
+SHEET_ROWS = 16
+
+
+@dataclass
+class _Sample:
+    index: int
+    prompt: str
+    frames: Tensor  # uint8 [T, H, W, 3]
+
+
+def read_prompts(source: str) -> list[str]:
+    """Prompts of a text file, one a line, or the held-out captions of the moving shapes."""
+    if source == "moving-shapes":
+        from fvtitan.data.moving_shapes import held_out_combinations
+
+        return [attributes.caption for attributes in held_out_combinations()]
+    try:
+        lines = Path(source).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"validation.prompts = {source!r}: cannot read it: {error}") from None
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise UserError(f"validation.prompts = {source!r}: the file has no prompts")
+    return prompts
+
+
+class Validator:
+    """Samples, writes, judges. Every rank takes part: forwards of a sharded model are collective."""
+
+    def __init__(self, cfg: JobConfig, method: TrainingMethod, metrics: MetricLogger, device: torch.device):
+        self.cfg = cfg
+        self.method = method
+        self.metrics = metrics
+        self.device = device
+        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        self.folder = Path(cfg.job.dump_folder) / "validation"
+        self.vae = VideoVAE(cfg.data.pipeline, device=device)
+        self.prompts = read_prompts(cfg.validation.prompts)
+        self.embeds = self._encode_prompts()
+        self.heldout = LatentCache(cfg.validation.heldout_path) if cfg.validation.heldout_path else None
+        latent_frames = (cfg.data.num_frames - 1) // self.vae.temporal_ratio + 1
+        height, width = cfg.data.height // self.vae.spatial_ratio, cfg.data.width // self.vae.spatial_ratio
+        self.latent_shape = (latent_frames, method.data[0]["latents"].shape[1], height, width)
+
+    def _encode_prompts(self) -> list[Tensor]:
+        """Embeddings of all prompts: rank 0 encodes once, then the text encoder leaves memory."""
+        path = self.folder / "prompts.safetensors"
+        if self.rank == 0:
+            encoder = TextEncoder(self.cfg.data.pipeline, device=self.device)
+            rows = encoder.encode(self.prompts)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(path, save({f"{i:05d}": row.to(torch.bfloat16).cpu() for i, row in enumerate(rows)}))
+        dist.barrier()
+        stored = load_file(path)
+        return [stored[f"{i:05d}"] for i in range(len(self.prompts))]
+
+    def run(self, step: int, ema: EMA | None, *, last: bool) -> None:
+        """Validate the student, and its moving average when there is one; log and write everything under step `step`."""
+        settings = self.cfg.validation
+        num_videos = (last and settings.num_prompts_last) or settings.num_prompts
+        self.method.student.transformer.eval()
+        values = self._validate(step, num_videos, "")
+        if ema is not None:
+            with ema.swapped():
+                values |= self._validate(step, num_videos, "_ema")
+        self.method.student.transformer.train()
+        self.metrics.log(step, values)
+        if self.rank == 0:
+            print(f"validation videos: {self.folder / f'step-{step}'}", flush=True)
+
+    @torch.no_grad()
+    def _validate(self, step: int, num_videos: int, suffix: str) -> dict[str, float]:
+        values = self._heldout_loss(suffix) if self.heldout else {}
+        folder = self.folder / f"step-{step}" / (suffix.strip("_") or "student")
+        samples = self._sample(num_videos)
+        judged = self._judge(samples) if self.cfg.validation.judge else []
+        self._write(samples, folder)
+        gathered: list[Any] = [None] * self.world
+        shown = [sample for sample in samples if sample.index < SHEET_ROWS]
+        dist.all_gather_object(gathered, (shown, judged))
+        if self.rank == 0:
+            rows = sorted((s for shown, _ in gathered for s in shown), key=lambda s: s.index)
+            contact_sheet([(s.prompt, s.frames) for s in rows], folder / "contact_sheet.png")
+            for sample in rows[:4]:
+                tag = f"validation{suffix}/{sample.index}"
+                self.metrics.add_video(tag, sample.frames, step, fps=self.cfg.data.fps)
+                self.metrics.add_text(tag, sample.prompt, step)
+        if self.cfg.validation.judge:
+            from fvtitan.data.moving_shapes import summarise
+
+            everyone = sorted((item for _, judged in gathered for item in judged), key=lambda item: item[0])
+            scores = summarise([judgement for _, judgement in everyone])
+            values |= {f"judge{suffix}/{name}": value for name, value in scores.items()}
+        return values
+
+    def _batches(self, count: int) -> list[list[int]]:
+        """This rank's batches of 0 .. count-1. All ranks get equally many (an empty one repeats item 0 for company)."""
+        size = self.cfg.training.local_batch_size
+        batches = [list(range(start, min(start + size, count))) for start in range(0, count, size)]
+        rounds = -(-len(batches) // self.world)
+        return [batches[i] if i < len(batches) else [] for i in range(self.rank, rounds * self.world, self.world)]
+
+    def _sample(self, num_videos: int) -> list[_Sample]:
+        spec, student, seed = self.method.sampler(), self.method.student, self.cfg.training.seed
+        samples = []
+        for batch in self._batches(num_videos):
+            indices = batch or [0]
+            noise = torch.stack(
+                [torch.randn(self.latent_shape, generator=generator("cpu", seed, "validation", i)) for i in indices]
+            ).to(self.device)
+            cond = student.conditioning([self.embeds[i % len(self.embeds)] for i in indices])
+            uncond = student.unconditional(len(indices)) if spec.guidance_scale != 1 else None
+            latents = samplers.sample(student, spec, noise, cond, uncond)
+            for i, latent in zip(batch, latents, strict=False):  # an empty batch ran for company only
+                frames = to_uint8(self.vae.decode(latent[None])[0])
+                samples.append(_Sample(i, self.prompts[i % len(self.prompts)], frames))
+        return samples
+
+    def _write(self, samples: list[_Sample], folder: Path) -> None:
+        from fvtitan.data.video import write_video
+
+        folder.mkdir(parents=True, exist_ok=True)
+        for sample in samples:
+            slug = re.sub(r"[^a-z0-9]+", "-", sample.prompt.lower())[:60].strip("-")
+            write_video(folder / f"{sample.index:04d}-{slug}.mp4", sample.frames, fps=self.cfg.data.fps)
+
+    def _judge(self, samples: list[_Sample]) -> list[tuple[int, Any]]:
+        from fvtitan.data.moving_shapes import judge_video
+
+        return [(sample.index, judge_video(sample.frames, sample.prompt)) for sample in samples]
+
+    def _heldout_loss(self, suffix: str) -> dict[str, float]:
+        """Loss on fixed clips with fixed noise at the 9 mid-quantiles of the training distribution of sigma."""
+        cache, method, seed = self.heldout, self.method, self.cfg.training.seed
+        assert cache is not None
+        count = min(self.cfg.validation.heldout_clips, len(cache))
+        quantiles = (torch.arange(NUM_QUANTILES) + 0.5) / NUM_QUANTILES
+        levels = sample_sigma(quantiles, self.cfg.schedule).tolist()
+        losses = torch.zeros(count, NUM_QUANTILES, dtype=torch.float64)
+        for batch in self._batches(count):
+            clips = [cache[i] for i in batch or [0]]
+            x0 = torch.stack([clip["latents"] for clip in clips]).to(self.device, torch.float32)
+            noise = torch.stack(
+                [torch.randn(x0.shape[1:], generator=generator("cpu", seed, "heldout", i)) for i in batch or [0]]
+            ).to(self.device)
+            cond = method.student.conditioning([clip["prompt_embeds"] for clip in clips])
+            for q, level in enumerate(levels):
+                sigma = torch.full(x0.shape[:2], level, device=self.device)
+                loss = method.heldout_loss(x0, noise, sigma, cond)
+                losses[batch, q] = loss[: len(batch)].double().cpu()
+        everywhere = losses.to(self.device)
+        dist.all_reduce(everywhere)  # every clip was filled in by one rank
+        name = f"validation{suffix}/loss"
+        by_level = {
+            f"{name}_sigma_{level:.3f}": mean for level, mean in zip(levels, everywhere.mean(0).tolist(), strict=True)
+        }
+        return {name: float(everywhere.mean()), **by_level}
+
+
+def to_uint8(pixels: Tensor) -> Tensor:
+    """Pixels `[T, 3, H, W]` in [-1, 1] -> uint8 `[T, H, W, 3]` on the CPU."""
+    return ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu()

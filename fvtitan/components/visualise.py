@@ -1,0 +1,79 @@
+"""Pictures of videos: animated GIFs for TensorBoard and contact sheets (one row a prompt, time to the right)."""
+
+from __future__ import annotations
+
+import io
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from fvtitan.components.files import write_atomic
+
+_MARGIN = 6
+_TEXT = 14  # font size in pixels
+_LINE = 18
+_SMALLEST_CELL = 96  # tiny frames are enlarged to about this many pixels, by a whole factor
+
+
+def _frames_array(frames: Tensor | np.ndarray) -> np.ndarray:
+    array = frames.detach().cpu().numpy() if isinstance(frames, Tensor) else np.asarray(frames)
+    if array.dtype != np.uint8 or array.ndim != 4 or array.shape[-1] != 3 or array.shape[0] == 0:
+        raise ValueError(f"frames must be uint8 [T, H, W, 3] with T >= 1, got {array.dtype} {list(array.shape)}")
+    return array
+
+
+def gif_bytes(frames: Tensor | np.ndarray, fps: float) -> bytes:
+    """An endlessly looping GIF of uint8 `[T, H, W, 3]`. GIF counts in 10 ms, so 16 fps plays at 16.7."""
+    images = [Image.fromarray(frame).quantize(256) for frame in _frames_array(frames)]
+    out = io.BytesIO()
+    duration = max(20, round(1000 / fps))  # viewers slow down anything below 20 ms
+    images[0].save(out, "GIF", save_all=True, append_images=images[1:], duration=duration, loop=0)
+    return out.getvalue()
+
+
+def contact_sheet(
+    rows: Sequence[tuple[str, Tensor | np.ndarray]], path: str | Path, columns: int = 8
+) -> tuple[int, int]:
+    """Write a PNG with one row a video: its label above, `columns` frames spread evenly over its time.
+
+    rows: (label, uint8 `[T, H, W, 3]`); sizes and lengths may differ between rows. Returns (width, height) in pixels.
+    """
+    if not rows:
+        raise ValueError("a contact sheet needs at least one row")
+    font = ImageFont.load_default(_TEXT)
+    strips = [(label, _strip(_frames_array(frames), columns, font)) for label, frames in rows]
+    width = max(strip.width for _, strip in strips) + 2 * _MARGIN
+    characters = max(8, int((width - 2 * _MARGIN) / font.getlength("abcdefghij ") * 11))
+    texts = [textwrap.wrap(label, characters) or [""] for label, _ in strips]
+    heights = [_LINE * len(text) + strip.height + 2 * _MARGIN for text, (_, strip) in zip(texts, strips, strict=True)]
+    sheet = Image.new("RGB", (width, sum(heights) + _MARGIN), "white")
+    draw, top = ImageDraw.Draw(sheet), _MARGIN
+    for text, (_, strip), height in zip(texts, strips, heights, strict=True):
+        for number, line in enumerate(text):
+            draw.text((_MARGIN, top + number * _LINE), line, fill="black", font=font)
+        sheet.paste(strip, (_MARGIN, top + _LINE * len(text)))
+        top += height
+    out = io.BytesIO()
+    sheet.save(out, "PNG")
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, out.getvalue())
+    return sheet.size
+
+
+def _strip(frames: np.ndarray, columns: int, font: ImageFont.FreeTypeFont) -> Image.Image:
+    """The chosen frames side by side, the frame's number in the corner of each."""
+    times = np.unique(np.linspace(0, len(frames) - 1, columns).round().astype(int))
+    height, width = frames.shape[1:3]
+    scale = max(1, round(_SMALLEST_CELL / min(height, width)))
+    cell = (width * scale, height * scale)
+    strip = Image.new("RGB", (columns * (cell[0] + 2) - 2, cell[1] + _LINE), "white")
+    draw = ImageDraw.Draw(strip)
+    for column, time in enumerate(times):
+        left = column * (cell[0] + 2)
+        strip.paste(Image.fromarray(frames[time]).resize(cell, Image.Resampling.NEAREST), (left, 0))
+        draw.text((left + 2, cell[1] + 1), str(time), fill="gray", font=font)
+    return strip

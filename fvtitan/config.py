@@ -1,0 +1,535 @@
+"""The configuration of a run: one dataclass per TOML section; TOML file < command line; nothing unknown, nothing ignored.
+
+`python -m fvtitan.config FILE [--section.key value ...]` prints the result.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import sys
+import types
+import typing
+from contextlib import redirect_stderr
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import tomli
+import tomli_w
+
+from fvtitan.components.ema import EMAConfig
+from fvtitan.components.lr_scheduler import LRSchedulerConfig
+from fvtitan.components.optimizer import OptimizerConfig
+from fvtitan.distributed.utils import CommConfig, world_size_from_environment
+from fvtitan.errors import UserError, cli, did_you_mean
+from fvtitan.flow_matching import ScheduleConfig
+from fvtitan.methods import METHODS
+from fvtitan.methods.base import MethodConfig
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise UserError(message)
+
+
+def _nearest_multiples(value: int, multiple: int, offset: int = 0) -> str:
+    below = (value - offset) // multiple * multiple + offset
+    options = [option for option in (below, below + multiple) if option > 0]
+    return " or ".join(map(str, options))
+
+
+@dataclass
+class JobSection:
+    """[job]"""
+
+    config_file: str = ""
+    """The TOML file of this run."""
+    description: str = ""
+    """One line about the run, printed at the start."""
+    dump_folder: str = "outputs/run"
+    """Everything the run writes goes here; a run found here is resumed."""
+
+
+@dataclass
+class OptimizerOverrides:
+    """[models.<role>.optimizer]: keys that differ from [optimizer] for this role."""
+
+    lr: float | None = None
+    """Learning rate of this role."""
+    betas: tuple[float, float] | None = None
+    """Moment decay rates of this role."""
+    eps: float | None = None
+    """Epsilon of this role."""
+    weight_decay: float | None = None
+    """Weight decay of this role."""
+
+
+@dataclass
+class LRSchedulerOverrides:
+    """[models.<role>.lr_scheduler]: keys that differ from [lr_scheduler] for this role."""
+
+    warmup_steps: int | None = None
+    """Warm-up updates of this role."""
+    decay_type: Literal["constant", "linear", "cosine"] | None = None
+    """Decay of this role."""
+    decay_ratio: float | None = None
+    """Decaying share of this role's updates."""
+    min_lr_factor: float | None = None
+    """Final factor of this role."""
+
+
+@dataclass
+class RoleConfig:
+    """[models.<role>]: one network of the run. Roles: student, and what the method asks for (teacher, critic)."""
+
+    name: Literal["wan"] = "wan"
+    """Model family."""
+    flavor: str = ""
+    """Sizes by name: tiny, 1.3B, 14B. Empty: the sizes of `init_from`."""
+    init_from: str = ""
+    """Initial weights: a folder in diffusers layout, a hub id, or "tiny-wan" (the shipped one). Empty: random."""
+    trainable: bool = True
+    """Whether this role is trained."""
+    optimizer: OptimizerOverrides = field(default_factory=OptimizerOverrides)
+    lr_scheduler: LRSchedulerOverrides = field(default_factory=LRSchedulerOverrides)
+
+    def check(self, role: str) -> None:
+        _require(
+            bool(self.flavor or self.init_from),
+            f"models.{role}: give flavor (tiny, 1.3B, 14B), init_from (a folder or hub id), or both",
+        )
+
+
+@dataclass
+class DataSection:
+    """[data]"""
+
+    path: str = "data/cache"
+    """The latent cache, made by `python -m fvtitan.preprocess`."""
+    pipeline: str = "tiny-wan"
+    """Text encoder and VAE: a folder in diffusers layout, a hub id, or "tiny-wan". Validation encodes prompts and decodes
+    videos with them; training itself reads only the cache."""
+    num_frames: int = 33
+    """Frames of a clip, 4n + 1."""
+    height: int = 64
+    """Height of a clip in pixels, a multiple of 16."""
+    width: int = 64
+    """Width of a clip in pixels, a multiple of 16."""
+    fps: int = 16
+    """Frame rate of the clips; Wan works at 16."""
+    num_workers: int = 0
+    """Loader processes per rank."""
+    caption_dropout: float = 0.1
+    """Probability that a caption is replaced by `uncond_prompt`, drawn anew in every epoch; guidance needs it."""
+    uncond_prompt: Literal["empty", "negative"] = "empty"
+    """The prompt of the unconditional branch, in training (caption dropout) and sampling alike."""
+    moving_shapes_clips: int = 0
+    """When `path` does not exist: render this many captioned clips of moving shapes and preprocess them. 0: never."""
+
+    def check(self) -> None:
+        _require(
+            self.num_frames >= 1 and self.num_frames % 4 == 1,
+            f"data.num_frames = {self.num_frames}: must be 4n + 1; nearest: {_nearest_multiples(self.num_frames, 4, 1)}",
+        )
+        for key in ("height", "width"):
+            value = getattr(self, key)
+            _require(
+                value >= 16 and value % 16 == 0,
+                f"data.{key} = {value}: must be a multiple of 16; nearest: {_nearest_multiples(max(value, 1), 16)}",
+            )
+        _require(self.fps >= 1, f"data.fps = {self.fps}: must be >= 1")
+        _require(self.num_workers >= 0, f"data.num_workers = {self.num_workers}: must be >= 0")
+        _require(0 <= self.caption_dropout <= 1, f"data.caption_dropout = {self.caption_dropout}: must be in [0, 1]")
+        _require(
+            self.moving_shapes_clips >= 0,
+            f"data.moving_shapes_clips = {self.moving_shapes_clips}: must be >= 0 (0: off)",
+        )
+
+
+@dataclass
+class TrainingSection:
+    """[training]"""
+
+    steps: int = 1000
+    """Training steps in all."""
+    local_batch_size: int = 1
+    """Clips per rank and forward."""
+    global_batch_size: int = -1
+    """Clips per optimizer step over all ranks; gradients are accumulated to reach it. -1: local_batch_size x ranks."""
+    max_norm: float = 1.0
+    """Gradients are clipped to this global L2 norm."""
+    seed: int = 0
+    """Seed of every random stream of the run."""
+    deterministic: bool = False
+    """Only deterministic kernels, slower on a GPU."""
+    mixed_precision_param: Literal["bfloat16", "float32"] = "bfloat16"
+    """Precision of parameters and matrix products in forward and backward; master weights are float32."""
+    mixed_precision_reduce: Literal["float32", "bfloat16"] = "float32"
+    """Precision in which gradients are reduced over ranks."""
+    gc_freq: int = 50
+    """Python's garbage collector runs every so many steps, on all ranks together."""
+
+    def check(self) -> None:
+        _require(self.steps >= 1, f"training.steps = {self.steps}: must be >= 1")
+        _require(self.local_batch_size >= 1, f"training.local_batch_size = {self.local_batch_size}: must be >= 1")
+        _require(
+            self.global_batch_size == -1 or self.global_batch_size >= 1,
+            f"training.global_batch_size = {self.global_batch_size}: must be >= 1, or -1 for local_batch_size x ranks",
+        )
+        _require(self.max_norm > 0, f"training.max_norm = {self.max_norm}: must be > 0")
+        _require(self.seed >= 0, f"training.seed = {self.seed}: must be >= 0")
+        _require(self.gc_freq >= 1, f"training.gc_freq = {self.gc_freq}: must be >= 1")
+
+
+@dataclass
+class ParallelismSection:
+    """[parallelism]"""
+
+    data_parallel_replicate_degree: int = 1
+    """Groups of ranks that each hold a whole copy of the model (HSDP when > 1)."""
+    data_parallel_shard_degree: int = -1
+    """Ranks over which the model is sharded (FSDP2). -1: all that are left."""
+    fsdp_reshard_after_forward: bool = True
+    """Free a block's gathered parameters after its forward; false gathers less and holds more memory."""
+    defer_grad_sync: bool = False
+    """Reduce gradients only in the last micro-batch of a step: less traffic, 4 more bytes a parameter on every rank."""
+
+    def check(self) -> None:
+        _require(
+            self.data_parallel_replicate_degree >= 1,
+            f"parallelism.data_parallel_replicate_degree = {self.data_parallel_replicate_degree}: must be >= 1",
+        )
+        _require(
+            self.data_parallel_shard_degree == -1 or self.data_parallel_shard_degree >= 1,
+            f"parallelism.data_parallel_shard_degree = {self.data_parallel_shard_degree}: must be >= 1, or -1 for the rest",
+        )
+
+
+@dataclass
+class ActivationCheckpointSection:
+    """[activation_checkpoint]"""
+
+    mode: Literal["none", "full"] = "none"
+    """none keeps all activations; full keeps one tensor per block and recomputes the rest in backward."""
+
+
+@dataclass
+class CompileSection:
+    """[compile]"""
+
+    enable: bool = False
+    """Compile each transformer block in place with torch.compile."""
+
+
+@dataclass
+class CheckpointSection:
+    """[checkpoint]"""
+
+    enable: bool = True
+    """Save checkpoints, and resume from the latest one in the dump folder."""
+    interval: int = 500
+    """Save every so many steps, and after the last."""
+    keep_latest_k: int = 2
+    """Keep this many; 0 keeps all."""
+    async_mode: Literal["disabled", "async"] = "disabled"
+    """async writes in the background while training goes on."""
+    load_step: int = -1
+    """Resume from this step; -1: the latest."""
+    initial_load_path: str = ""
+    """When the dump folder holds no checkpoint: start from this checkpoint folder (`.../checkpoint/step-<N>`)."""
+    require_resume: bool = False
+    """Fail when there is no checkpoint to resume from."""
+
+    def check(self) -> None:
+        _require(self.interval >= 1, f"checkpoint.interval = {self.interval}: must be >= 1")
+        _require(
+            self.keep_latest_k == 0 or self.keep_latest_k >= 2,
+            f"checkpoint.keep_latest_k = {self.keep_latest_k}: must be 0 (all) or >= 2, so that a good one always stays",
+        )
+        _require(self.load_step >= -1, f"checkpoint.load_step = {self.load_step}: must be >= 0, or -1 for the latest")
+        _require(
+            self.enable or not (self.require_resume or self.initial_load_path or self.load_step != -1),
+            "checkpoint.enable = false: require_resume, initial_load_path and load_step have no effect; remove them",
+        )
+
+
+@dataclass
+class ValidationSection:
+    """[validation]: sample videos from fixed noise, write them, judge them."""
+
+    enable: bool = True
+    """Validate."""
+    interval: int = 500
+    """Validate every so many steps, and after the last."""
+    prompts: str = "moving-shapes"
+    """Prompts: a text file with one a line, or "moving-shapes" (the captions held out of every training set)."""
+    num_prompts: int = 8
+    """Videos per validation; prompts are repeated with new noise when there are fewer."""
+    num_prompts_last: int = 0
+    """Videos in the validation after the last step; 0: as many as in the others."""
+    sampling_steps: int = 50
+    """Sampler steps (finetune: Euler steps)."""
+    guidance_scale: float = 5.0
+    """u + g (c - u); 1 samples without guidance. The other convention, c + g' (c - u), is g = g' + 1."""
+    judge: bool = False
+    """Measure colour, shape and direction of the sampled moving shapes against their captions."""
+    heldout_path: str = ""
+    """Latent cache of held-out clips for `validation/loss`; empty: none. With data.moving_shapes_clips it is rendered."""
+    heldout_clips: int = 48
+    """Clips of it that are used."""
+
+    def check(self) -> None:
+        for key in ("interval", "num_prompts", "sampling_steps", "heldout_clips"):
+            _require(getattr(self, key) >= 1, f"validation.{key} = {getattr(self, key)}: must be >= 1")
+        _require(self.num_prompts_last >= 0, f"validation.num_prompts_last = {self.num_prompts_last}: must be >= 0")
+        _require(self.guidance_scale >= 0, f"validation.guidance_scale = {self.guidance_scale}: must be >= 0")
+        _require(
+            not self.judge or self.prompts == "moving-shapes",
+            f'validation.judge = true needs validation.prompts = "moving-shapes", not {self.prompts!r}',
+        )
+
+
+@dataclass
+class MetricsSection:
+    """[metrics]"""
+
+    log_freq: int = 10
+    """Log every so many steps, and the first and the last."""
+    enable_tensorboard: bool = True
+    """Write TensorBoard events into <dump_folder>/tensorboard."""
+    enable_wandb: bool = False
+    """Log to Weights & Biases too (pip install wandb; the key comes from the environment)."""
+
+    def check(self) -> None:
+        _require(self.log_freq >= 1, f"metrics.log_freq = {self.log_freq}: must be >= 1")
+
+
+@dataclass
+class JobConfig:
+    """A whole run."""
+
+    job: JobSection = field(default_factory=JobSection)
+    models: dict[str, RoleConfig] = field(default_factory=dict)
+    method: MethodConfig = field(default_factory=METHODS["finetune"].Config)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    data: DataSection = field(default_factory=DataSection)
+    training: TrainingSection = field(default_factory=TrainingSection)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    lr_scheduler: LRSchedulerConfig = field(default_factory=LRSchedulerConfig)
+    ema: EMAConfig = field(default_factory=EMAConfig)
+    parallelism: ParallelismSection = field(default_factory=ParallelismSection)
+    activation_checkpoint: ActivationCheckpointSection = field(default_factory=ActivationCheckpointSection)
+    compile: CompileSection = field(default_factory=CompileSection)
+    checkpoint: CheckpointSection = field(default_factory=CheckpointSection)
+    validation: ValidationSection = field(default_factory=ValidationSection)
+    metrics: MetricsSection = field(default_factory=MetricsSection)
+    comm: CommConfig = field(default_factory=CommConfig)
+
+    def role_optimizer(self, role: str) -> OptimizerConfig:
+        """[optimizer] with this role's overrides."""
+        return _overlay(self.optimizer, self.models[role].optimizer)
+
+    def role_lr_scheduler(self, role: str) -> LRSchedulerConfig:
+        """[lr_scheduler] with this role's overrides."""
+        return _overlay(self.lr_scheduler, self.models[role].lr_scheduler)
+
+    def check(self) -> None:
+        """Everything that can be known before any work. Raises `UserError` at the first problem."""
+        for section in (
+            "schedule",
+            "data",
+            "training",
+            "ema",
+            "parallelism",
+            "checkpoint",
+            "validation",
+            "metrics",
+            "comm",
+        ):
+            getattr(self, section).check()
+        roles = METHODS[self.method.name].roles
+        for role, model in self.models.items():
+            _require(
+                role in roles, f"[models.{role}] is not a role of {self.method.name!r}.{did_you_mean(role, roles)}"
+            )
+            model.check(role)
+            self.role_optimizer(role).check(f"models.{role}.optimizer")
+            self.role_lr_scheduler(role).check(f"models.{role}.lr_scheduler")
+        for role in roles:
+            _require(role in self.models, f"method {self.method.name!r} needs the role {role!r}: add [models.{role}]")
+        self.method.check(self)
+
+    def check_world(self, world_size: int) -> None:
+        """Degrees and batch sizes against the number of processes."""
+        replicate, shard = self.data_parallel_degrees(world_size)
+        _require(
+            replicate * shard == world_size,
+            f"parallelism: data_parallel_replicate_degree {replicate} x data_parallel_shard_degree {shard} is "
+            f"{replicate * shard}, but there are {world_size} processes",
+        )
+        local, total = self.training.local_batch_size, self.global_batch_size(world_size)
+        _require(
+            total % (local * world_size) == 0,
+            f"training.global_batch_size = {total}: must be a multiple of local_batch_size x ranks = {local} x "
+            f"{world_size}; nearest: {_nearest_multiples(total, local * world_size)}",
+        )
+
+    def data_parallel_degrees(self, world_size: int) -> tuple[int, int]:
+        """(replicate, shard), with -1 resolved."""
+        p = self.parallelism
+        shard = p.data_parallel_shard_degree
+        if shard == -1:
+            shard = max(1, world_size // p.data_parallel_replicate_degree)
+        return p.data_parallel_replicate_degree, shard
+
+    def global_batch_size(self, world_size: int) -> int:
+        """training.global_batch_size with -1 resolved."""
+        total = self.training.global_batch_size
+        return self.training.local_batch_size * world_size if total == -1 else total
+
+    def to_toml(self) -> str:
+        """The resolved configuration; reading it back gives the same one."""
+        return tomli_w.dumps(_without_none(dataclasses.asdict(self)))
+
+
+def _overlay(base: Any, overrides: Any) -> Any:
+    changes = {f.name: getattr(overrides, f.name) for f in dataclasses.fields(overrides)}
+    return dataclasses.replace(base, **{key: value for key, value in changes.items() if value is not None})
+
+
+def _without_none(tree: Any) -> Any:
+    if isinstance(tree, dict):
+        return {key: _without_none(value) for key, value in tree.items() if value is not None}
+    return tree
+
+
+def _describe(annotation: Any) -> str:
+    return annotation.__name__ if isinstance(annotation, type) else str(annotation).replace("typing.", "")
+
+
+def _parse(annotation: Any, value: Any, key: str) -> Any:
+    """`value` from TOML as `annotation`, strictly: no silent conversion but int -> float and list -> tuple."""
+    origin, args = typing.get_origin(annotation), typing.get_args(annotation)
+    if dataclasses.is_dataclass(annotation):
+        return _parse_dataclass(annotation, value, key)
+    if origin in (types.UnionType, typing.Union):
+        return _parse(next(arg for arg in args if arg is not type(None)), value, key)
+    if origin is Literal:
+        if value in args and type(value) in {type(arg) for arg in args}:
+            return value
+        raise UserError(f"{key} = {value!r} is not allowed.{did_you_mean(str(value), map(str, args))}")
+    if origin is dict and isinstance(value, dict):
+        return {name: _parse(args[1], entry, f"{key}.{name}") for name, entry in value.items()}
+    if origin in (tuple, list) and isinstance(value, list):
+        variadic = origin is list or args[-1] is Ellipsis
+        if not variadic and len(value) != len(args):
+            raise UserError(f"{key} = {value!r}: need {len(args)} values, got {len(value)}")
+        kinds = [args[0]] * len(value) if variadic else args
+        return origin(
+            _parse(kind, entry, f"{key}[{i}]") for i, (kind, entry) in enumerate(zip(kinds, value, strict=True))
+        )
+    if annotation is float and type(value) is int:
+        return float(value)
+    if origin is None and type(value) is annotation:
+        return value
+    raise UserError(f"{key} = {value!r} has the wrong type {type(value).__name__}: need {_describe(annotation)}")
+
+
+def _parse_dataclass(cls: type, table: Any, key: str) -> Any:
+    if not isinstance(table, dict):
+        raise UserError(f"{key} = {table!r}: need a table [{key}]")
+    hints = typing.get_type_hints(cls)
+    names = [f.name for f in dataclasses.fields(cls)]
+    for name in table:
+        if name not in names:
+            where = f"{key}.{name}" if key else f"[{name}]"
+            raise UserError(f"unknown key {where}.{did_you_mean(name, names)}")
+    return cls(**{name: _parse(hints[name], value, f"{key}.{name}" if key else name) for name, value in table.items()})
+
+
+def read_toml(path: str | Path) -> JobConfig:
+    """The configuration of a TOML file. Raises `UserError` naming the file, the key, the value and the nearest fix."""
+    path = Path(path)
+    try:
+        table = tomli.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        near = [str(p) for p in sorted(path.parent.glob("*.toml"))] if path.parent.is_dir() else []
+        raise UserError(f"no such file: {path}.{did_you_mean(str(path), near) if near else ''}") from None
+    except (tomli.TOMLDecodeError, UnicodeDecodeError, IsADirectoryError) as error:
+        raise UserError(f"{path}: not a TOML file: {error}") from None
+    try:
+        method_table = table.pop("method", {})
+        name = method_table.get("name", "finetune") if isinstance(method_table, dict) else method_table
+        if not isinstance(name, str) or name not in METHODS:
+            raise UserError(f"method.name = {name!r} is not a method.{did_you_mean(str(name), METHODS)}")
+        cfg = _parse_dataclass(JobConfig, table, "")
+        cfg.method = _parse_dataclass(METHODS[name].Config, method_table, "method")
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    return cfg
+
+
+def _split_config_file(argv: list[str]) -> tuple[str, list[str]]:
+    """(value of --job.config_file or "", the other arguments)."""
+    path, rest, arguments = "", [], iter(argv)
+    for argument in arguments:
+        flag, _, value = argument.partition("=")
+        if flag.replace("-", "_") == "__job.config_file":
+            path = value or next(arguments, "")
+            _require(bool(path), "--job.config_file needs a file")
+        else:
+            rest.append(argument)
+    return path, rest
+
+
+def _with_python_booleans(argv: list[str]) -> list[str]:
+    """TOML's true and false, as tyro wants them."""
+    python = {"true": "True", "false": "False"}
+    words = []
+    for argument in argv:
+        flag, equals, value = argument.partition("=")
+        words.append(f"{flag}={python[value]}" if equals and value in python else python.get(argument, argument))
+    return words
+
+
+def load_config(argv: list[str]) -> JobConfig:
+    """Configuration from `--job.config_file FILE` and overrides `--section.key value` (or `=value`), checked.
+
+    Raises `UserError` for everything that is wrong in it.
+    """
+    import tyro
+
+    path, overrides = _split_config_file(argv)
+    cfg = read_toml(path) if path else JobConfig(models={"student": RoleConfig(flavor="tiny")})
+    cfg.job.config_file = path
+    if {"-h", "--help"} & set(overrides):
+        tyro.cli(JobConfig, default=cfg, args=["--help"], config=(tyro.conf.FlagConversionOff,), use_underscores=True)
+    message = io.StringIO()
+    try:
+        with redirect_stderr(message):
+            cfg = tyro.cli(
+                JobConfig,
+                default=cfg,
+                args=_with_python_booleans(overrides),
+                config=(tyro.conf.FlagConversionOff,),
+                use_underscores=True,
+                console_outputs=True,
+            )
+    except SystemExit:
+        text = " ".join(line.strip(" │╭╮╰╯─") for line in message.getvalue().splitlines()).strip()
+        raise UserError(f"command line: {' '.join(text.split())}") from None
+    cfg.check()
+    cfg.check_world(world_size_from_environment())
+    return cfg
+
+
+def main() -> None:
+    argv = sys.argv[1:]
+    if argv and not argv[0].startswith("-"):
+        argv = ["--job.config_file", *argv]
+    print(load_config(argv).to_toml(), end="")
+
+
+if __name__ == "__main__":
+    cli(main)

@@ -1,0 +1,183 @@
+"""The latent cache: what training reads instead of videos, text encoders and VAEs. Written by `fvtitan.preprocess`.
+
+manifest.json            versions, contract (encoders and their hashes, size, rate), shards, fingerprint; written last
+shard-00000.safetensors  up to 64 samples: `latents.<row>` bf16 [T, C, H, W]; `text.<hash>` bf16 [L, D], true length
+samples.jsonl            one line a sample: id, caption, shape, where it lies, hash of its source
+skipped.jsonl            one line a file that was not used, and why
+prompts.safetensors      `empty` and `negative`: the embeddings of the unconditional prompts
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from fvtitan.errors import UserError
+
+FORMAT_VERSION = 1
+REBUILD = "make it again with `python -m fvtitan.preprocess --data DIR --model PIPELINE --output CACHE --overwrite`"
+
+
+def text_key(caption: str) -> str:
+    """The name under which a shard holds a caption's embedding."""
+    return "text." + hashlib.sha256(caption.encode()).hexdigest()[:24]
+
+
+def fingerprint(contract: dict[str, Any], samples: list[dict[str, Any]]) -> str:
+    """Identity of a cache's content, whoever made it with however many processes."""
+    content = {
+        "encoders": contract["encoders"],
+        "size": contract["size"],
+        "samples": [[s["sample_id"], s["caption"], s["source_sha256"]] for s in samples],
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+class LatentCache(Dataset):
+    """Map-style dataset over a latent cache, memory-mapped.
+
+    `cache[i]` is `{"sample_id", "caption", "latents": bf16 [T, C, H, W], "prompt_embeds": bf16 [L, D]}`. Damage that can be
+    seen without reading everything (missing or resized files, broken headers, missing samples) is found when it is opened.
+    Raises `UserError` naming the file and the way out.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.manifest = self._read_manifest()
+        self.fingerprint: str = self.manifest["fingerprint"]
+        try:
+            lines = (self.path / "samples.jsonl").read_text(encoding="utf-8").splitlines()
+            self.samples: list[dict[str, Any]] = [json.loads(line) for line in lines]
+        except (OSError, ValueError) as error:
+            raise UserError(f"{self.path / 'samples.jsonl'} is damaged ({error}): {REBUILD}") from None
+        if not self.samples:
+            raise UserError(f"the cache {self.path} has no samples; {self.path / 'skipped.jsonl'} says why")
+        if len(self.samples) != self.manifest["num_samples"]:
+            raise UserError(
+                f"{self.path / 'samples.jsonl'} has {len(self.samples)} samples, the manifest says "
+                f"{self.manifest['num_samples']}: {REBUILD}"
+            )
+        self._handles: dict[str, Any] = {}
+        self._handles_pid = os.getpid()
+        self._check_shards()
+        try:
+            prompts = load_file(self.path / "prompts.safetensors")
+            self.empty_prompt_embeds, self.negative_prompt_embeds = prompts["empty"], prompts["negative"]
+        except (OSError, SafetensorError, KeyError) as error:
+            raise UserError(f"{self.path / 'prompts.safetensors'} is damaged ({error}): {REBUILD}") from None
+        shapes: dict[tuple[int, ...], list[int]] = {}
+        for index, sample in enumerate(self.samples):
+            shapes.setdefault(tuple(sample["shape"]), []).append(index)
+        self.bucket_shapes = sorted(shapes)
+        self.bucket_indices = [shapes[shape] for shape in self.bucket_shapes]
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        sample = self.samples[index]
+        try:
+            shard = self._shard(sample["shard"])
+            latents, embeds = shard.get_tensor(sample["key"]), shard.get_tensor(text_key(sample["caption"]))
+        except (SafetensorError, OSError) as error:
+            raise UserError(
+                f"{self.path / sample['shard']}: sample {sample['sample_id']!r}: {error}: {REBUILD}"
+            ) from None
+        if list(latents.shape) != sample["shape"]:
+            raise UserError(
+                f"{self.path / sample['shard']}: sample {sample['sample_id']!r} has shape {list(latents.shape)}, "
+                f"samples.jsonl says {sample['shape']}: {REBUILD}"
+            )
+        for name, tensor in (("latents", latents), ("prompt_embeds", embeds)):
+            if not torch.isfinite(tensor).all():
+                raise UserError(
+                    f"{self.path / sample['shard']}: {name} of sample {sample['sample_id']!r} hold NaN or Inf: {REBUILD}"
+                )
+        return {
+            "sample_id": sample["sample_id"],
+            "caption": sample["caption"],
+            "latents": latents,
+            "prompt_embeds": embeds,
+        }
+
+    def _read_manifest(self) -> dict[str, Any]:
+        path = self.path / "manifest.json"
+        try:
+            manifest = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            started = (self.path / "contract.json").is_file()
+            state = (
+                "is not finished (no manifest.json)"
+                if started
+                else "does not exist"
+                if not self.path.exists()
+                else ("is not a latent cache (no manifest.json)")
+            )
+            raise UserError(
+                f"data.path: the cache {self.path} {state}: "
+                "`python -m fvtitan.preprocess --data DIR --model PIPELINE --output CACHE` makes one"
+            ) from None
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path} is damaged ({error}): {REBUILD}") from None
+        if not isinstance(manifest, dict) or manifest.get("format_version") != FORMAT_VERSION:
+            raise UserError(
+                f"{path}: format {manifest.get('format_version')!r}, this version reads {FORMAT_VERSION}: {REBUILD}"
+            )
+        missing = {"fingerprint", "num_samples", "shards", "contract"} - set(manifest)
+        if missing:
+            raise UserError(f"{path}: {', '.join(sorted(missing))} missing: {REBUILD}")
+        return manifest
+
+    def _check_shards(self) -> None:
+        """Sizes and headers of all shards against the manifest and the samples."""
+        needed: dict[str, set[str]] = {}
+        for sample in self.samples:
+            needed.setdefault(sample["shard"], set()).update((sample["key"], text_key(sample["caption"])))
+        for name, keys in needed.items():
+            path = self.path / name
+            size = path.stat().st_size if path.is_file() else None
+            expected = self.manifest["shards"].get(name)
+            if size != expected:
+                found = "is missing" if size is None else f"has {size} bytes"
+                raise UserError(f"{path} {found}, the manifest says {expected}: {REBUILD}")
+            try:
+                missing = keys - set(self._shard(name).keys())
+            except (SafetensorError, OSError) as error:
+                raise UserError(f"{path} is damaged ({error}): {REBUILD}") from None
+            if missing:
+                raise UserError(f"{path} lacks {sorted(missing)[0]!r}: {REBUILD}")
+
+    def _shard(self, name: str) -> Any:
+        """An open shard; a loader worker opens its own."""
+        if self._handles_pid != os.getpid():
+            self._handles, self._handles_pid = {}, os.getpid()
+        if name not in self._handles:
+            if Path(name).name != name:
+                raise UserError(f"{self.path}: the shard name {name!r} leaves the folder")
+            self._handles[name] = safe_open(self.path / name, framework="pt")
+        return self._handles[name]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_handles": {}}  # file handles do not travel to spawned workers
+
+
+def check_cache_geometry(cache: LatentCache, *, num_frames: int, height: int, width: int, fps: int) -> None:
+    """Raise `UserError` when the cache's clips are not of the size that [data] says."""
+    size = cache.manifest["contract"]["size"]
+    for key, value in (("num_frames", num_frames), ("height", height), ("width", width), ("fps", fps)):
+        if size[key] != value:
+            raise UserError(f"data.{key} = {value}, but the cache {cache.path} was made with {key} = {size[key]}")
+
+
+def stack_text(embeds: list[Tensor]) -> dict[str, Tensor]:
+    """`{"empty", "negative"}` for prompts.safetensors from the two embeddings, in this order."""
+    return {"empty": embeds[0].to(torch.bfloat16).cpu(), "negative": embeds[1].to(torch.bfloat16).cpu()}

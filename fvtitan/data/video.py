@@ -1,0 +1,192 @@
+"""Real video files in and out, by PyAV: frames chosen by presentation time, sizes by resize and centre crop."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class VideoError(Exception):
+    """Why a file cannot be used, in words."""
+
+
+@dataclass(frozen=True)
+class VideoLimits:
+    """What is refused before it is decoded: guards against damaged headers and decompression bombs."""
+
+    max_bytes: int = 4 * 2**30
+    max_seconds: float = 3600.0
+    max_pixels: int = 8192 * 8192
+
+
+@dataclass(frozen=True)
+class VideoInfo:
+    """What a container says about its first video stream. `num_frames` is counted by demuxing, without decoding."""
+
+    width: int
+    height: int
+    num_frames: int
+    seconds: float
+
+
+def write_video(path: str | Path, frames: Tensor | np.ndarray, fps: int | Fraction, *, crf: int = 12) -> None:
+    """Write uint8 `[T, H, W, 3]` (even sizes) as H.264 mp4, under a temporary name first."""
+    import av
+
+    path = Path(path)
+    video = frames.cpu().numpy() if isinstance(frames, Tensor) else np.asarray(frames)
+    if video.dtype != np.uint8 or video.ndim != 4 or video.shape[-1] != 3:
+        raise ValueError(f"frames must be uint8 [T, H, W, 3], got {video.dtype} {list(video.shape)}")
+    if video.shape[1] % 2 or video.shape[2] % 2:
+        raise ValueError(f"H.264 needs even sizes, got {video.shape[1]} x {video.shape[2]}")
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp.mp4")
+    try:
+        with av.open(str(temporary), "w") as container:
+            stream = container.add_stream("libx264", rate=fps, options={"crf": str(crf), "preset": "veryfast"})
+            stream.height, stream.width = video.shape[1:3]
+            stream.pix_fmt = "yuv420p"
+            stream.thread_count = 1  # several encoder threads cost more than they bring at these sizes
+            for frame in video:
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+            container.mux(stream.encode())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _open(path: Path, limits: VideoLimits):
+    """The container and its first video stream, after the checks that need no decoding. Local files only."""
+    import av
+
+    if not path.is_file():
+        raise VideoError("no such file")
+    size = path.stat().st_size
+    if size == 0:
+        raise VideoError("the file is empty (0 bytes)")
+    if size > limits.max_bytes:
+        raise VideoError(f"the file has {size} bytes, more than the limit of {limits.max_bytes}")
+    try:
+        container = av.open(str(path.resolve()), options={"protocol_whitelist": "file"})
+    except (av.FFmpegError, OSError) as error:
+        raise VideoError(f"damaged or not a video: {error}") from None
+    if not container.streams.video:
+        container.close()
+        raise VideoError("the file has no video stream")
+    stream = container.streams.video[0]
+    pixels = stream.codec_context.width * stream.codec_context.height
+    seconds = float(container.duration / av.time_base) if container.duration else 0.0
+    problem = ""
+    if pixels > limits.max_pixels:
+        problem = f"frames have {pixels} pixels, more than the limit of {limits.max_pixels}"
+    elif seconds > limits.max_seconds:
+        problem = f"the video lasts {seconds:.1f} s, more than the limit of {limits.max_seconds:g} s"
+    if problem:
+        container.close()
+        raise VideoError(problem)
+    stream.thread_type = "AUTO"
+    return container, stream
+
+
+def probe_video(path: str | Path, limits: VideoLimits = VideoLimits()) -> VideoInfo:  # noqa: B008 (frozen)
+    """Size, exact frame count and duration, without decoding. Raises `VideoError`."""
+    import av
+
+    container, stream = _open(Path(path), limits)
+    with container:
+        try:
+            times = [packet.pts for packet in container.demux(stream) if packet.pts is not None]
+        except (av.FFmpegError, OSError) as error:
+            raise VideoError(f"damaged: {error}") from None
+        base = stream.time_base or Fraction(1, 1)
+        seconds = float((max(times) - min(times)) * base) if times else 0.0
+        return VideoInfo(stream.codec_context.width, stream.codec_context.height, len(times), seconds)
+
+
+def read_all_frames(path: str | Path, limits: VideoLimits = VideoLimits()) -> Tensor:  # noqa: B008 (frozen)
+    """Every frame of a video as it is, uint8 `[T, H, W, 3]`. Raises `VideoError`."""
+    frames = [_to_rgb(frame) for _, frame in _decode(Path(path), limits)]
+    return torch.from_numpy(np.stack(frames))
+
+
+def read_video(
+    path: str | Path,
+    *,
+    num_frames: int,
+    height: int,
+    width: int,
+    fps: int,
+    limits: VideoLimits = VideoLimits(),  # noqa: B008 (frozen)
+) -> Tensor:
+    """The first `num_frames` (4n + 1) frames at `fps`, resized and centre-cropped: uint8 `[T, H, W, 3]`.
+
+    Frame k is the one on screen at time k / fps after the first frame, by presentation time stamps, so a variable frame
+    rate is read right. Raises `VideoError` when the video is too short, damaged or over a limit.
+    """
+    if num_frames % 4 != 1:
+        raise ValueError(f"num_frames must be 4n + 1, got {num_frames}")
+    chosen: list[np.ndarray] = []
+    previous, start, last, interval = None, None, 0.0, 0.0
+    for time, frame in _decode(Path(path), limits):
+        start = time if start is None else start
+        # Half a tick of tolerance: time stamps are rounded to the container's time base.
+        while previous is not None and len(chosen) < num_frames and len(chosen) / fps < time - start - 0.5e-3:
+            chosen.append(_fit(previous, height, width))
+        if len(chosen) == num_frames:
+            break
+        if previous is not None:
+            interval = time - start - last
+        previous, last = frame, time - start
+    # The last frame stays on screen as long as the one before it did.
+    while previous is not None and len(chosen) < num_frames and len(chosen) / fps < last + interval - 0.5e-3:
+        chosen.append(_fit(previous, height, width))
+    if len(chosen) < num_frames:
+        raise VideoError(f"too short: {len(chosen)} frames at {fps} fps, {num_frames} are needed")
+    return torch.from_numpy(np.stack(chosen))
+
+
+def _decode(path: Path, limits: VideoLimits):
+    """(time in seconds, frame) in presentation order."""
+    import av
+
+    container, stream = _open(path, limits)
+    count = 0
+    with container:
+        try:
+            for frame in container.decode(stream):
+                if frame.width * frame.height > limits.max_pixels:
+                    raise VideoError(f"a frame has {frame.width * frame.height} pixels, over {limits.max_pixels}")
+                if frame.time is None:
+                    raise VideoError("a frame has no presentation time")
+                if frame.time > limits.max_seconds + 1:
+                    raise VideoError(f"the video lasts more than the limit of {limits.max_seconds:g} s")
+                count += 1
+                yield frame.time, frame
+        except (av.FFmpegError, OSError) as error:
+            raise VideoError(f"damaged after {count} frames: {error}") from None
+    if not count:
+        raise VideoError("damaged: no frame could be decoded")
+
+
+def _to_rgb(frame) -> np.ndarray:
+    image = frame.to_ndarray(format="rgb24")
+    turns = round(getattr(frame, "rotation", 0) / 90) % 4  # phones record portrait as rotated landscape
+    return np.rot90(image, turns).copy() if turns else image
+
+
+def _fit(frame, height: int, width: int) -> np.ndarray:
+    """Scale so that the frame covers height x width, then crop the centre."""
+    from PIL import Image
+
+    image = Image.fromarray(_to_rgb(frame))
+    scale = max(height / image.height, width / image.width)
+    if scale != 1:
+        size = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
+        image = image.resize(size, Image.Resampling.BICUBIC, reducing_gap=None)
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return np.asarray(image.crop((left, top, left + width, top + height)))

@@ -1,0 +1,102 @@
+"""Process group, device, and the few operations on sharded parameters that everything else needs."""
+
+from __future__ import annotations
+
+import datetime
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from fvtitan.errors import UserError
+
+
+@dataclass
+class CommConfig:
+    """[comm]: collectives."""
+
+    timeout_seconds: int = 1800
+    """A collective that waits longer ends the job. Must outlast compilation, a validation and a checkpoint."""
+
+    def check(self) -> None:
+        if self.timeout_seconds < 1:
+            raise UserError(f"comm.timeout_seconds = {self.timeout_seconds}: must be >= 1")
+
+
+def init_distributed(cfg: CommConfig) -> torch.device:
+    """Start the process group (NCCL with a GPU, gloo always) under torchrun, or alone; returns this process's device."""
+    cuda = torch.cuda.is_available()
+    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    timeout = datetime.timedelta(seconds=cfg.timeout_seconds)
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    return device
+
+
+def world_size_from_environment() -> int:
+    """The number of processes torchrun started, 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def local_tensor(tensor: Tensor) -> Tensor:
+    """This rank's shard of a DTensor, sharing its memory; a plain tensor as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def local_rows(parameter: Tensor) -> slice:
+    """The rows (dimension 0) of the full parameter that this rank holds."""
+    if not isinstance(parameter, DTensor):
+        return slice(0, parameter.shape[0])
+    sharded = [dim for dim, p in enumerate(parameter.placements) if not isinstance(p, Replicate)]
+    if not sharded:
+        return slice(0, parameter.shape[0])
+    if len(sharded) > 1 or parameter.placements[sharded[0]] != Shard(0):
+        raise ValueError(f"expected one Shard(0) placement, got {parameter.placements}")
+    rows, mesh = parameter.shape[0], parameter.device_mesh
+    chunk = -(-rows // mesh.size(sharded[0]))  # FSDP2 splits as torch.chunk does
+    start = min(chunk * mesh.get_local_rank(sharded[0]), rows)
+    return slice(start, min(start + chunk, rows))
+
+
+def reshard(module: nn.Module) -> None:
+    """Free gathered parameters. Call before anything writes to the sharded ones (optimizer, EMA, loading): FSDP2 keeps
+    the root gathered after a forward without gradient, and writes made meanwhile do not reach it."""
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
+
+
+def clip_grad_norm(modules: Iterable[nn.Module], max_norm: float) -> Tensor:
+    """Scale the gradients so that their global L2 norm is at most `max_norm`; returns the norm before, a 0-d tensor.
+
+    The norm of sharded gradients is made full before clipping: a norm of local shards would clip each rank differently.
+    """
+    parameters = [p for module in modules for p in module.parameters() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    return norm
+
+
+def mean_over_ranks(values: dict[str, Tensor | float], device: torch.device) -> dict[str, float]:
+    """Average every value over all ranks, in one collective; the keys must be the same everywhere."""
+    keys = sorted(values)
+    stacked = torch.stack([torch.as_tensor(values[key], dtype=torch.float64, device="cpu") for key in keys]).to(device)
+    dist.all_reduce(stacked)
+    return dict(zip(keys, (stacked / dist.get_world_size()).tolist(), strict=True))
+
+
+def log(message: str) -> None:
+    """Print one line, on rank 0."""
+    if dist.get_rank() == 0:
+        print(message, flush=True)

@@ -1,0 +1,132 @@
+"""What a training method is: it owns the roles, their optimizers and schedules, and says what one step of each role is."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from fvtitan import flow_matching
+from fvtitan.components.checkpoint import (
+    ModelState,
+    OptimizerState,
+    RandomState,
+    SchedulerState,
+    Stateful,
+    seed_optimizer_state,
+)
+from fvtitan.components.lr_scheduler import build_lr_scheduler
+from fvtitan.components.optimizer import build_optimizer
+from fvtitan.components.rng import SampleStreams, fold
+from fvtitan.data.latent_cache import LatentCache
+from fvtitan.models.base import Conditioning, ModelBase
+from fvtitan.samplers import SamplerSpec
+
+if TYPE_CHECKING:
+    from fvtitan.config import JobConfig
+
+
+@dataclass
+class MethodConfig:
+    """[method]: the name selects the class, the other keys are the method's own."""
+
+    name: str = ""
+    """Training method."""
+
+    def check(self, cfg: JobConfig) -> None:
+        """Raise `UserError` for keys that contradict each other or the rest of the run."""
+
+
+class TrainingMethod(nn.Module, ABC):
+    """Owns roles, optimizers and schedules. train.py calls, for each role in `phases(step)`, `single_train_step` once per
+    micro-batch, then backward, clip, step."""
+
+    Config: ClassVar[type[MethodConfig]] = MethodConfig
+    roles: ClassVar[tuple[str, ...]] = ("student",)
+
+    def __init__(self, *, cfg: JobConfig, role_models: dict[str, ModelBase]):
+        super().__init__()
+        self.cfg = cfg
+        self.role_models = role_models
+        self.student = role_models["student"]
+        self.device = self.student.device
+        self.data = self.dataset()
+        self.student.init_preprocessors(cfg, self.data)
+        trained = {role: model.transformer for role, model in role_models.items() if model.trainable}
+        self.role_modules: dict[str, nn.Module] = trained
+        self.optimizers = {role: build_optimizer(m, cfg.role_optimizer(role)) for role, m in trained.items()}
+        self.lr_schedulers = {
+            role: build_lr_scheduler(optimizer, cfg.role_lr_scheduler(role), self.total_updates(role))
+            for role, optimizer in self.optimizers.items()
+        }
+
+    def dataset(self) -> LatentCache:
+        """What the loader reads."""
+        return LatentCache(self.cfg.data.path)
+
+    def on_train_start(self) -> None:
+        """Make the generator that the streams of `fvtitan.components.rng` are drawn with."""
+        self.generator = torch.Generator(self.device).manual_seed(fold(self.cfg.training.seed, "generator"))
+
+    def phases(self, step: int) -> tuple[str, ...]:
+        """The roles trained in this step, in order."""
+        return ("student",)
+
+    def total_updates(self, role: str) -> int:
+        """How often the run updates a role: the length of its learning-rate schedule."""
+        return sum(role in self.phases(step) for step in range(1, self.cfg.training.steps + 1))
+
+    @abstractmethod
+    def single_train_step(self, batch: dict[str, Any], step: int, role: str) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss (0-d) and metrics of one micro-batch of one role's phase: the mean over the micro-batch's samples."""
+
+    def get_grad_clip_targets(self, role: str) -> list[nn.Module]:
+        """The modules whose gradients are clipped together after a phase."""
+        return [self.role_modules[role]]
+
+    def sampler(self) -> SamplerSpec:
+        """How the student must be sampled: by Euler steps on the run's own schedule, with guidance."""
+        validation = self.cfg.validation
+        sigmas = flow_matching.euler_ladder(validation.sampling_steps, self.cfg.schedule.shift)
+        return SamplerSpec(sigmas=tuple(sigmas), guidance_scale=validation.guidance_scale)
+
+    def heldout_loss(self, x0: Tensor, noise: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
+        """Per-sample loss `[B]` of fixed latents and noise at fixed noise levels `[B, T]`: the flow-matching error."""
+        v = self.student.predict_velocity(flow_matching.add_noise(x0, noise, sigma), sigma, cond)
+        return (v - flow_matching.velocity(x0, noise)).square().flatten(1).mean(1)
+
+    def streams(self, batch: dict[str, Any], step: int, role: str) -> SampleStreams:
+        """The random streams of a micro-batch's samples in one phase of one step."""
+        return SampleStreams(self.generator, (self.cfg.training.seed, step, role), batch["positions"].tolist())
+
+    def conditioning(self, batch: dict[str, Any]) -> Conditioning:
+        """The batch's prompts, some replaced by the unconditional one (caption dropout, anew on every pass)."""
+        embeds: Sequence[Tensor] = [
+            self.student.uncond_embeds if self._drops_caption(int(index), int(sample_pass)) else prompt
+            for prompt, index, sample_pass in zip(
+                batch["prompt_embeds"], batch["sample_indices"], batch["sample_passes"], strict=True
+            )
+        ]
+        return self.student.conditioning(embeds)
+
+    def _drops_caption(self, index: int, sample_pass: int) -> bool:
+        draw = fold(self.cfg.training.seed, "caption_dropout", sample_pass, index) / 2**32
+        return draw < self.cfg.data.caption_dropout
+
+    def checkpoint_state(self) -> dict[str, Stateful]:
+        """Everything of the method that a checkpoint holds. Frozen roles are not saved."""
+        states: dict[str, Stateful] = {"random_state": RandomState(self.generator)}
+        for role, module in self.role_modules.items():
+            states[f"roles.{role}.transformer"] = ModelState(module)
+            states[f"optimizers.{role}"] = OptimizerState(module, self.optimizers[role])
+            states[f"schedulers.{role}"] = SchedulerState(self.lr_schedulers[role])
+        return states
+
+    def seed_optimizer_state_for_resume(self) -> None:
+        """Give fresh optimizers the entries that a checkpoint loads into; parameters and step counts stay as they are."""
+        for optimizer in self.optimizers.values():
+            seed_optimizer_state(optimizer)

@@ -1,0 +1,121 @@
+"""Text encoder and video VAE of a Wan pipeline, from transformers and diffusers, with Wan's conventions around them."""
+
+from __future__ import annotations
+
+import hashlib
+import html
+import re
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fvtitan.errors import UserError
+from fvtitan.models.pipeline import pipeline_folder, pipeline_text_len
+
+
+def clean_prompt(text: str) -> str:
+    """A prompt as WanPipeline cleans it: ftfy, HTML entities twice, white space collapsed."""
+    import ftfy
+
+    return re.sub(r"\s+", " ", html.unescape(html.unescape(ftfy.fix_text(text)))).strip()
+
+
+def component_hash(folder: Path) -> str:
+    """sha256 over the names and bytes of a component's files: its identity in a cache's manifest."""
+    digest = hashlib.sha256()
+    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.suffix in (".safetensors", ".json", ".model")):
+        digest.update(path.relative_to(folder).as_posix().encode() + b"\0")
+        with path.open("rb") as file:
+            while block := file.read(2**20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def _component(name: str, *components: str) -> Path:
+    folder = pipeline_folder(name, *components)
+    for component in components:
+        if not (folder / component).is_dir():
+            raise UserError(f"{name!r} ({folder}) has no {component}/ folder: need a pipeline in diffusers layout")
+    return folder
+
+
+class TextEncoder:
+    """UMT5 as Wan uses it: rows are cut at their true length; whoever feeds a network zero-pads them to its text_len."""
+
+    def __init__(self, pipeline: str, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None):
+        from transformers import AutoTokenizer, UMT5EncoderModel
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+        folder = _component(pipeline, "tokenizer", "text_encoder")
+        self.device = torch.device(device)
+        self.text_len = pipeline_text_len(folder)
+        # bf16 on a GPU (11 GB for UMT5-XXL), never fp16: it overflows.
+        dtype = dtype or (torch.bfloat16 if self.device.type == "cuda" else torch.float32)
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+            encoder = UMT5EncoderModel.from_pretrained(folder / "text_encoder", dtype=dtype)
+        except (OSError, ValueError) as error:
+            raise UserError(f"cannot load the text encoder of {pipeline!r}: {str(error).splitlines()[0]}") from None
+        self.encoder = encoder.to(self.device).eval()
+        self._check(pipeline)
+
+    @torch.no_grad()
+    def encode(self, prompts: list[str]) -> list[Tensor]:
+        """Embeddings `[L_i, D]` of the cleaned prompts, at most text_len tokens each."""
+        tokens = self.tokenizer(
+            [clean_prompt(prompt) for prompt in prompts],
+            padding="max_length",
+            max_length=self.text_len,
+            truncation=True,
+            add_special_tokens=True,
+            return_tensors="pt",
+        ).to(self.device)
+        states = self.encoder(tokens.input_ids, tokens.attention_mask).last_hidden_state
+        return [row[:length] for row, length in zip(states, tokens.attention_mask.sum(1).tolist(), strict=True)]
+
+    def _check(self, pipeline: str) -> None:
+        # Some transformers releases loaded UMT5 with an untied, zero embedding: every prompt then looks alike.
+        if not torch.equal(self.encoder.shared.weight, self.encoder.get_input_embeddings().weight):
+            raise UserError(f"{pipeline!r}: the text encoder's embedding is not tied to `shared`; update transformers")
+        first, second = self.encode(["a red circle", "the blue sea at night"])
+        size = min(len(first), len(second))
+        if torch.allclose(first[:size], second[:size], atol=1e-4):
+            raise UserError(f"{pipeline!r}: the text encoder gives two different prompts the same embedding")
+
+
+class VideoVAE:
+    """AutoencoderKLWan between pixels `[B, T, 3, H, W]` in [-1, 1] and normalised latents `[B, T', C, h, w]`."""
+
+    def __init__(self, pipeline: str, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32):
+        from diffusers import AutoencoderKLWan
+
+        folder = _component(pipeline, "vae")
+        try:
+            # Without the low-memory mode diffusers needs no accelerate; the VAE is small.
+            vae = AutoencoderKLWan.from_pretrained(folder / "vae", torch_dtype=dtype, low_cpu_mem_usage=False)
+        except (OSError, ValueError) as error:
+            raise UserError(f"cannot load the VAE of {pipeline!r}: {str(error).splitlines()[0]}") from None
+        self.vae = vae.to(device).eval().requires_grad_(False)
+        self.device, self.dtype = torch.device(device), dtype
+        config = self.vae.config
+        # diffusers' code stores 1 / std under the name latents_std; the config holds the standard deviation itself.
+        self.mean = torch.tensor(config.latents_mean, dtype=torch.float32, device=device).view(1, 1, -1, 1, 1)
+        self.std = torch.tensor(config.latents_std, dtype=torch.float32, device=device).view(1, 1, -1, 1, 1)
+        self.spatial_ratio: int = config.scale_factor_spatial
+        self.temporal_ratio: int = config.scale_factor_temporal
+
+    @torch.no_grad()
+    def encode(self, pixels: Tensor) -> Tensor:
+        """`(mode - latents_mean) / latents_std`, float32. T must be 4n + 1."""
+        if pixels.shape[1] % self.temporal_ratio != 1:
+            raise ValueError(f"{pixels.shape[1]} frames: the VAE takes {self.temporal_ratio}n + 1")
+        mode = self.vae.encode(pixels.to(self.device, self.dtype).transpose(1, 2)).latent_dist.mode()
+        return (mode.transpose(1, 2).float() - self.mean) / self.std
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Pixels `[B, T, 3, H, W]` in [-1, 1], float32."""
+        scaled = latents.to(self.device, torch.float32) * self.std + self.mean
+        return self.vae.decode(scaled.transpose(1, 2).to(self.dtype)).sample.transpose(1, 2).float()

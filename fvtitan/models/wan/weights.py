@@ -1,0 +1,132 @@
+"""Weights of a Wan transformer: read from safetensors into local shards, drawn at random, or written for diffusers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from fvtitan.components.files import write_atomic
+from fvtitan.components.rng import generator
+from fvtitan.distributed.utils import local_rows, local_tensor, reshard
+from fvtitan.errors import UserError
+from fvtitan.models.pipeline import pipeline_folder, pipeline_text_len
+from fvtitan.models.wan.adapter import (
+    check_complete,
+    config_from_diffusers,
+    config_to_diffusers,
+    diffusers_names,
+    diffusers_shape,
+    to_diffusers_tensor,
+)
+from fvtitan.models.wan.transformer import WanConfig, WanTransformer, init_parameter
+
+WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
+
+
+def transformer_folder(init_from: str) -> Path:
+    """The folder with the transformer's config and weights: `<pipeline>/transformer`, or the folder itself."""
+    folder = pipeline_folder(init_from, "transformer")
+    return folder / "transformer" if (folder / "transformer").is_dir() else folder
+
+
+def pretrained_config(init_from: str) -> WanConfig:
+    """The sizes recorded in a diffusers folder or hub repository."""
+    path = transformer_folder(init_from) / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"init_from = {init_from!r}: cannot read {path}: {error}") from None
+    return config_from_diffusers(config, pipeline_text_len(path.parent), str(path))
+
+
+def weight_files(folder: Path) -> dict[str, Path]:
+    """`{tensor name: file}` of a diffusers folder, single or sharded. Raises `UserError` naming what is missing."""
+    index = folder / f"{WEIGHTS_NAME}.index.json"
+    if index.is_file():
+        try:
+            weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        except (ValueError, KeyError) as error:
+            raise UserError(f"{index}: damaged index: {error!r}") from None
+        files = {name: folder / file for name, file in weight_map.items()}
+        for path in set(files.values()):
+            if path.parent != folder or not path.is_file():
+                raise UserError(f"{index} names {path.name}, which is not in {folder}")
+        return files
+    single = folder / WEIGHTS_NAME
+    if not single.is_file():
+        raise UserError(f"no weights in {folder}: expected {WEIGHTS_NAME} or {index.name}")
+    return dict.fromkeys(_open(single).keys(), single)
+
+
+def _open(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: damaged safetensors file: {error}") from None
+
+
+@torch.no_grad()
+def load_pretrained(transformer: WanTransformer, init_from: str) -> None:
+    """Read a diffusers transformer into the (sharded) parameters; every rank reads only the rows that it holds."""
+    folder = transformer_folder(init_from)
+    files = weight_files(folder)
+    parameters = dict(transformer.named_parameters())
+    names = diffusers_names(parameters)
+    check_complete(names, files, str(folder))
+    reshard(transformer)
+    handles = {path: _open(path) for path in set(files.values())}
+    for name, parameter in parameters.items():
+        source = names[name]
+        try:
+            stored = handles[files[source]].get_slice(source)
+        except SafetensorError as error:
+            raise UserError(f"{files[source]}: {error}") from None
+        expected = diffusers_shape(name, parameter.shape, transformer.cfg)
+        if tuple(stored.get_shape()) != expected:
+            raise UserError(
+                f"{files[source]}: {source} has shape {stored.get_shape()}, the model needs {list(expected)}"
+            )
+        rows, shard = local_rows(parameter), local_tensor(parameter)
+        if rows.stop > rows.start:
+            shard.copy_(stored[rows].reshape(shard.shape))
+
+
+@torch.no_grad()
+def initialise(transformer: WanTransformer, seed: int, role: str) -> None:
+    """Draw every parameter as a full tensor from its own stream and keep the local rows: the same model on any number
+    of ranks (draws on shards would give every rank the same values, and another model than one rank's)."""
+    reshard(transformer)
+    for name, parameter in transformer.named_parameters():
+        full = init_parameter(name, parameter.shape, generator("cpu", seed, "init", role, name))
+        local_tensor(parameter).copy_(full[local_rows(parameter)])
+
+
+def check_parameters(module: nn.Module, role: str, *, loaded: bool) -> None:
+    """No parameter may hold NaN or Inf, and no loaded matrix may be all zero, on any rank."""
+    parameters = dict(module.named_parameters())
+    shards = [local_tensor(parameter.detach()) for parameter in parameters.values()]
+    flags = torch.stack([torch.stack([~shard.isfinite().all(), shard.any()]) for shard in shards]).float()
+    dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+    bad = []
+    for (name, parameter), (not_finite, nonzero) in zip(parameters.items(), flags.tolist(), strict=True):
+        if not_finite or (loaded and parameter.ndim >= 2 and not nonzero):
+            bad.append(f"{name} ({'not finite' if not_finite else 'all zero'})")
+    if bad:
+        raise UserError(f"models.{role}: damaged weights: {', '.join(bad[:5])}{', ...' if len(bad) > 5 else ''}")
+
+
+def save_transformer(tensors: dict[str, torch.Tensor], cfg: WanConfig, folder: Path) -> None:
+    """Write full tensors under our names as a diffusers transformer folder: config.json and one safetensors file."""
+    from safetensors.torch import save
+
+    names = diffusers_names(tensors)
+    state = {names[name]: to_diffusers_tensor(name, t, cfg).contiguous().cpu() for name, t in tensors.items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomic(folder / WEIGHTS_NAME, save(state, metadata={"format": "pt"}))
+    write_atomic(folder / "config.json", json.dumps(config_to_diffusers(cfg), indent=2).encode() + b"\n")

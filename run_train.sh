@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# Trains with torchrun on this machine. Everything after the script's name goes to train.py.
+#   NGPU         processes; default: the number of GPUs, or 1 without one
+#   CONFIG_FILE  recipe; default: train_configs/tiny_finetune.toml
+#   LOG_RANK     ranks whose output is shown, e.g. 0,1; default: 0
+set -euo pipefail
+cd "$(dirname "$0")"
+CONFIG_FILE=${CONFIG_FILE:-train_configs/tiny_finetune.toml}
+LOG_RANK=${LOG_RANK:-0}
+gpus=$(nvidia-smi --list-gpus 2>/dev/null | wc -l || true)
+NGPU=${NGPU:-$((gpus > 0 ? gpus : 1))}
+# torchrun would set 1 thread a process when there are several; share the cores among the processes instead.
+cores=$(getconf _NPROCESSORS_ONLN)
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores / NGPU > 0 ? cores / NGPU : 1))}
+export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}
+export TOKENIZERS_PARALLELISM=${TOKENIZERS_PARALLELISM:-false}
+exec torchrun --standalone --nproc_per_node="$NGPU" --local-ranks-filter "$LOG_RANK" --role rank --tee 3 \
+  train.py --job.config_file "$CONFIG_FILE" "$@"

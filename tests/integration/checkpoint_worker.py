@@ -1,0 +1,146 @@
+"""Run by torchrun: train a little, save, load; prints one JSON line with what rank 0 saw."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+from fvtitan.components import checkpoint
+from fvtitan.components.checkpoint import (
+    Checkpointer,
+    CheckpointError,
+    DamagedCheckpoint,
+    ModelState,
+    OptimizerState,
+    RandomState,
+)
+from fvtitan.errors import UserError
+
+
+def build(seed: int):
+    torch.manual_seed(seed)
+    net = nn.Sequential(nn.Linear(4, 7), nn.Tanh(), nn.Linear(7, 1), nn.LayerNorm(1))  # 7 and 1: uneven, empty shards
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.copy_(torch.randn(parameter.shape))
+    fully_shard(net[0])
+    fully_shard(net)
+    return net, torch.optim.AdamW(net.parameters(), lr=1e-2, fused=True)
+
+
+def train(net, optimizer, first: int, last: int):
+    for number in range(first, last):
+        x = torch.randn(6, 4, generator=torch.Generator().manual_seed(number))
+        net(x).square().mean().backward()  # the same data on every rank, so that any world size trains the same model
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def digest(net, optimizer) -> dict[str, str]:
+    def of(tensor):
+        full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        return hashlib.sha256(full.detach().cpu().numpy().tobytes()).hexdigest()[:16]
+
+    sums = {}
+    for name, parameter in net.named_parameters():
+        sums[name] = of(parameter)
+        for key, value in sorted(optimizer.state[parameter].items()):
+            assert key == "step" or value.placements == parameter.placements
+            sums[f"{name}.{key}"] = of(value)
+    return sums
+
+
+def states_of(net, optimizer) -> dict:
+    return {
+        "roles.student.transformer": ModelState(net),
+        "optimizers.student": OptimizerState(net, optimizer),
+        "random_state": RandomState(),
+    }
+
+
+def go_on(folder: Path, *, asynchronous: bool) -> dict:
+    """Resume if there is something, train two steps, save; with `asynchronous`, train on while it is written."""
+    checkpointer = Checkpointer(folder, async_mode="async" if asynchronous else "disabled")
+    net, optimizer = build(seed=dist.get_world_size())
+    states, report = states_of(net, optimizer), {}
+    start = checkpointer.latest_step() or 0
+    if start:
+        checkpointer.load(start, states)
+        report["loaded"] = digest(net, optimizer)
+    train(net, optimizer, start, start + 2)
+    report["saved"] = digest(net, optimizer)
+    checkpointer.save(start + 2, states)
+    if asynchronous:
+        train(net, optimizer, start + 2, start + 5)
+        checkpointer.maybe_finish()
+        checkpointer.wait()
+        checkpointer.load(start + 2, states)  # holds the values of the call, though training went on
+        report["loaded again"] = digest(net, optimizer)
+    checkpointer.close()
+    return report | {
+        "random": random_states(checkpointer.path(start + 2)),
+        "files": sorted(path.name for path in checkpointer.path(start + 2).iterdir()),
+    }
+
+
+def random_states(path: Path) -> list[str]:
+    return sorted(json.loads((path / "state.json").read_text())["states"]["random_state"])
+
+
+def fail(folder: Path) -> dict:
+    """One rank cannot write, or cannot read: all of them hear of it and go on together."""
+    checkpointer = Checkpointer(folder)
+    net, optimizer = build(seed=0)
+    states, seen, rank = states_of(net, optimizer), [], dist.get_rank()
+    original = checkpoint._entry
+
+    def broken(path):
+        raise OSError(28, "No space left on device")
+
+    checkpoint._entry = broken if rank == 1 else original
+    try:
+        checkpointer.save(1, states)
+    except CheckpointError as error:
+        seen.append(str(error))
+    checkpoint._entry = original
+    dist.barrier()
+    assert checkpointer.steps() == [] and not list(folder.iterdir())
+    checkpointer.save(1, states)
+    if rank == 0:
+        shard = checkpointer.path(1) / "__1_0.distcp"
+        content = bytearray(shard.read_bytes())
+        content[-1] ^= 1
+        shard.write_bytes(content)
+    dist.barrier()
+    before = digest(net, optimizer)
+    for step, kind in ((1, DamagedCheckpoint), (4, UserError)):
+        try:
+            checkpointer.load(step, states)
+        except kind as error:
+            seen.append(str(error))
+    assert digest(net, optimizer) == before
+    everyone = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, seen)
+    return {"errors": everyone}
+
+
+def main() -> None:
+    folder, modes = Path(sys.argv[1]), sys.argv[2:]
+    dist.init_process_group("gloo")
+    report = {}
+    for mode in modes:
+        report |= fail(folder / "fail") if mode == "fail" else go_on(folder / "run", asynchronous=mode == "async")
+    if dist.get_rank() == 0:
+        print(json.dumps(report))
+    dist.destroy_process_group()
+
+
+main()

@@ -1,0 +1,139 @@
+"""TOML and command line: strict, typed, with the nearest fix in every error."""
+
+import dataclasses
+import re
+import subprocess
+import sys
+import typing
+from pathlib import Path
+
+import pytest
+import tomli
+
+from fvtitan.config import JobConfig, RoleConfig, load_config, read_toml
+from fvtitan.errors import UserError
+
+RECIPES = sorted(Path(__file__).parents[2].glob("train_configs/*.toml"))
+MINIMAL = '[models.student]\nflavor = "tiny"\n'
+
+
+def write(tmp_path, text):
+    path = tmp_path / "recipe.toml"
+    path.write_text(text)
+    return str(path)
+
+
+def load(tmp_path, text=MINIMAL, *overrides):
+    return load_config(["--job.config_file", write(tmp_path, text), *overrides])
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda p: p.name)
+def test_every_recipe_parses_and_round_trips(recipe, tmp_path):
+    cfg = read_toml(recipe)
+    cfg.check()
+    again = read_toml(write(tmp_path, cfg.to_toml()))
+    assert again == cfg
+
+
+def test_precedence_and_both_spellings(tmp_path):
+    text = MINIMAL + "[training]\nsteps = 7\nseed = 3\n"
+    cfg = load(tmp_path, text, "--training.steps=9", "--ema.enable", "true", "--optimizer.betas", "0.5", "0.75")
+    assert (cfg.training.steps, cfg.training.seed, cfg.ema.enable, cfg.optimizer.betas) == (9, 3, True, (0.5, 0.75))
+    assert load(tmp_path, text, "--compile.enable=false", "--ema.enable=True").ema.enable is True
+
+
+def test_zero_is_a_value(tmp_path):
+    cfg = load(tmp_path, MINIMAL + "[optimizer]\nlr = 1\nweight_decay = 0\n[models.student.optimizer]\nlr = 0\n")
+    assert cfg.role_optimizer("student").lr == 0.0 and isinstance(cfg.optimizer.lr, float)
+    assert cfg.role_optimizer("student").weight_decay == 0.0
+
+
+def test_method_keys_are_typed(tmp_path):
+    text = MINIMAL + '[method]\nname = "finetune"\nloss_weighting = "bell"\n'
+    assert load(tmp_path, text).method.loss_weighting == "bell"
+    assert load(tmp_path, text, "--method.loss_weighting", "none").method.loss_weighting == "none"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[training]\nstep = 3\n", r"unknown key training\.step\. Did you mean 'steps'"),
+        ("[trainin]\nsteps = 3\n", r"unknown key \[trainin\]\. Did you mean 'training'"),
+        ('[training]\nsteps = "3"\n', r"training\.steps = '3' has the wrong type str: need int"),
+        ("[training]\nsteps = true\n", r"training\.steps = True has the wrong type bool"),
+        ("[training]\nsteps = 2.0\n", "wrong type float"),
+        ("[ema]\nenable = 1\n", "wrong type int: need bool"),
+        ("training = 3\n", r"need a table \[training\]"),
+        ('[training]\nmixed_precision_param = "bf16"\n', r"Did you mean 'bfloat16'"),
+        ("[optimizer]\nbetas = [0.9]\n", "need 2 values, got 1"),
+        ("[optimizer]\nbetas = [0.9, 1.0]\n", r"optimizer\.betas"),
+        ('[method]\nname = "finetun"\n', r"Did you mean 'finetune'"),
+        ('[method]\nname = "finetune"\nloss_weight = "bell"\n', r"unknown key method\.loss_weight.*'loss_weighting'"),
+        ('[models.studnt]\nflavor = "tiny"\n', r"\[models\.studnt\] is not a role"),
+        ("[data]\nnum_frames = 32\n", "must be 4n \\+ 1; nearest: 29 or 33"),
+        ("[data]\nwidth = 100\n", "multiple of 16; nearest: 96 or 112"),
+        ("[data]\nheight = 0\n", "multiple of 16"),
+        ("[training]\nsteps = 0\n", r"training\.steps = 0"),
+        ("[checkpoint]\nkeep_latest_k = 1\n", "keep_latest_k = 1"),
+        ("[checkpoint]\nenable = false\nrequire_resume = true\n", "have no effect"),
+        ('[validation]\njudge = true\nprompts = "p.txt"\n', "judge = true needs"),
+        (
+            "[training]\nlocal_batch_size = 4\nglobal_batch_size = 6\n",
+            "multiple of local_batch_size x ranks = 4 x 1; nearest: 4 or 8",
+        ),
+        ("[parallelism]\ndata_parallel_replicate_degree = 2\n", "is 2, but there are 1 processes"),
+        ("a = = 3\n", "not a TOML file"),
+    ],
+)
+def test_errors_name_key_value_and_fix(tmp_path, text, message):
+    with pytest.raises(UserError, match=message):
+        load(tmp_path, text if "models." in text else text + MINIMAL if not text.startswith("a =") else text)
+
+
+def test_a_role_needs_sizes(tmp_path):
+    with pytest.raises(UserError, match="models.student: give flavor"):
+        load(tmp_path, "[models.student]\n")
+    with pytest.raises(UserError, match="needs the role 'student'"):
+        load(tmp_path, "")
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--training.stepz", "3"], ["--training.steps", "x"], ["--ema.enable", "maybe"], ["stray"]]
+)
+def test_command_line_errors(tmp_path, arguments):
+    with pytest.raises(UserError, match="command line"):
+        load(tmp_path, MINIMAL, *arguments)
+
+
+def test_missing_file_names_the_nearest(tmp_path):
+    write(tmp_path, MINIMAL)
+    with pytest.raises(UserError, match="no such file.*Did you mean.*recipe.toml"):
+        load_config(["--job.config_file", str(tmp_path / "recipes.toml")])
+
+
+def test_program_prints_the_result_and_fails_in_one_line(tmp_path):
+    command = [sys.executable, "-m", "fvtitan.config", write(tmp_path, MINIMAL)]
+    done = subprocess.run([*command, "--training.steps", "5"], capture_output=True, text=True)
+    assert done.returncode == 0 and tomli.loads(done.stdout)["training"]["steps"] == 5
+    done = subprocess.run([*command, "--training.steps", "0"], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr == "error: training.steps = 0: must be >= 1\n"
+
+
+def fields_of(cls, prefix=""):
+    """(dotted name, documentation of the default instance) of every option below a dataclass."""
+    for field in dataclasses.fields(cls):
+        kind = typing.get_type_hints(cls)[field.name]
+        if dataclasses.is_dataclass(kind):
+            yield from fields_of(kind, f"{prefix}{field.name}.")
+        elif typing.get_origin(kind) is not dict:
+            yield f"{prefix}{field.name}"
+
+
+def test_options_are_few_and_each_is_read_somewhere():
+    names = [*fields_of(JobConfig), *fields_of(RoleConfig, "models.student.")]
+    assert len(names) <= 100
+    sources = [*Path(__file__).parents[2].glob("fvtitan/**/*.py"), Path(__file__).parents[2] / "train.py"]
+    code = "\n".join(path.read_text() for path in sources)
+    for name in names:
+        key = name.rsplit(".", 1)[-1]
+        assert re.search(rf"\.{key}\b", code), f"nothing reads {name}"

@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fvtitan.components.visualise import contact_sheet, gif_bytes
+
+
+def moving_square(frames: int = 33, size: int = 64) -> torch.Tensor:
+    video = torch.full((frames, size, size, 3), 90, dtype=torch.uint8)
+    for t in range(frames):
+        video[t, 20:32, t : t + 12] = torch.tensor([220, 30, 30], dtype=torch.uint8)
+    return video
+
+
+def test_the_gif_plays_the_frames_at_their_rate():
+    video = moving_square(9)
+    image = Image.open(io.BytesIO(gif_bytes(video, fps=10)))
+    assert image.format == "GIF" and image.n_frames == 9 and image.info["loop"] == 0
+    for t in range(9):
+        image.seek(t)
+        assert image.info["duration"] == 100
+        assert np.abs(np.asarray(image.convert("RGB")).astype(int) - video[t].numpy()).max() <= 8
+
+
+def test_the_sheet_has_a_row_a_prompt_and_time_to_the_right(tmp_path):
+    video, path = moving_square(), tmp_path / "new folder" / "sheet.png"
+    size = contact_sheet([("a small red square moving right", video), ("still", video[:1])], path, columns=4)
+    sheet = np.asarray(Image.open(path).convert("RGB")).astype(int)
+    assert sheet.shape[:2] == size[::-1]
+    red = (sheet[..., 0] > 180) & (sheet[..., 1] < 80)
+    lefts = []
+    for column in range(4):  # 64 pixels are shown at 2x with a gap of 2, after a margin of 6
+        cell = red[: size[1] // 2, 6 + column * 130 : 6 + column * 130 + 128]
+        lefts.append(np.argwhere(cell)[:, 1].min() / 2)
+    assert np.allclose(lefts, [0, 11, 21, 32], atol=1)
+    assert red[size[1] // 2 :, :136].any() and not red[size[1] // 2 :, 136:].any()  # one frame: one cell
+    assert (sheet[6:24, :].sum(-1) < 200).sum() > 100  # the label is there, in black
+    assert not [p for p in path.parent.iterdir() if p != path]
+
+
+def test_a_long_label_is_wrapped_and_sizes_may_differ(tmp_path):
+    label = "a very long caption " * 30
+    width, height = contact_sheet([(label, moving_square(5)), ("b", moving_square(5, 160))], tmp_path / "s.png", 2)
+    plain = contact_sheet([("a", moving_square(5)), ("b", moving_square(5, 160))], tmp_path / "p.png", 2)
+    assert width == plain[0] and height > plain[1] + 100
+
+
+def test_wrong_frames_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"uint8 \[T, H, W, 3\].*float32"):
+        gif_bytes(torch.zeros(3, 4, 4, 3), 16)
+    with pytest.raises(ValueError, match="at least one row"):
+        contact_sheet([], tmp_path / "x.png")

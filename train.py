@@ -1,0 +1,182 @@
+"""Train a video diffusion transformer: one flat function, made to be read from top to bottom, copied and edited.
+
+./run_train.sh                                                     # the default job, on this machine
+CONFIG_FILE=train_configs/wan2.1_t2v_1.3b_finetune.toml NGPU=8 ./run_train.sh --training.steps 2000
+torchrun --nproc_per_node=2 train.py --job.config_file FILE [--section.key value ...]
+python train.py --job.config_file FILE
+"""
+
+import gc
+import json
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+import fvtitan
+from fvtitan.components.checkpoint import Checkpointer, TrainState
+from fvtitan.components.ema import EMA
+from fvtitan.components.files import write_atomic
+from fvtitan.components.metrics import MetricLogger
+from fvtitan.components.rng import fold
+from fvtitan.components.validation import Validator
+from fvtitan.config import load_config
+from fvtitan.data.dataloader import BatchStream
+from fvtitan.data.prepare import prepare_data
+from fvtitan.distributed.mesh import build_mesh
+from fvtitan.distributed.utils import clip_grad_norm, init_distributed, log, mean_over_ranks, reshard
+from fvtitan.errors import cli
+from fvtitan.methods import METHODS
+from fvtitan.models import build_roles
+
+
+def main() -> None:
+    # ------------------------------------------------------------------------------------------ configuration
+    cfg = load_config(sys.argv[1:])
+    dump_folder = Path(cfg.job.dump_folder)
+
+    # ------------------------------------------------------------- device, process group, mesh, random state
+    device = init_distributed(cfg.comm)
+    try:
+        rank, world_size = dist.get_rank(), dist.get_world_size()
+        log(f"{cfg.job.description or cfg.job.config_file}: {world_size} x {device.type}, torch {torch.__version__}")
+        mesh = build_mesh(cfg, device.type)
+        # Methods draw from named streams only; this seeds what a user's own code may draw from.
+        torch.manual_seed(fold(cfg.training.seed, "torch", rank))
+        if cfg.training.deterministic:
+            torch.use_deterministic_algorithms(True)
+        gc.disable()  # collected every training.gc_freq steps, on all ranks together
+
+        # ----------------------------------------------------------------------------------------------- data
+        prepare_data(cfg)
+        if rank == 0:
+            dump_folder.mkdir(parents=True, exist_ok=True)
+            write_atomic(dump_folder / "config.toml", cfg.to_toml())
+
+        # ----------------------------------------------- roles, method (optimizers and schedules by role)
+        roles = build_roles(cfg, mesh, device)
+        for role, model in roles.items():
+            count = sum(p.numel() for p in model.transformer.parameters())
+            source = cfg.models[role].init_from or "random initialisation"
+            log(f"{role}: {cfg.models[role].name}, {count / 1e6:.2f} M parameters from {source}")
+        method = METHODS[cfg.method.name](cfg=cfg, role_models=roles)
+        method.on_train_start()
+        student = method.student.transformer
+
+        # ------------------------------------------------------------------------ loader, EMA, what is saved
+        batches = BatchStream(
+            method.data,
+            global_batch_size=cfg.global_batch_size(world_size),
+            local_batch_size=cfg.training.local_batch_size,
+            seed=cfg.training.seed,
+            dp_rank=rank,
+            dp_world=world_size,
+            num_workers=cfg.data.num_workers,
+            pin_memory=device.type == "cuda",
+        )
+        ema = EMA(student, cfg.ema) if cfg.ema.enable else None
+        train_state = TrainState()
+        states = method.checkpoint_state() | {"dataloader": batches, "train_state": train_state}
+        if ema is not None:
+            states["ema.student"] = ema
+
+        # ----------------------------------------- resume: own folder > initial_load_path > initial weights
+        checkpointer = None
+        if cfg.checkpoint.enable:
+            checkpointer = Checkpointer(
+                dump_folder / "checkpoint",
+                keep_latest_k=cfg.checkpoint.keep_latest_k,
+                async_mode=cfg.checkpoint.async_mode,
+            )
+            source = checkpointer.find(cfg.checkpoint)
+            if source is not None:
+                method.seed_optimizer_state_for_resume()
+                for module in method.role_modules.values():
+                    reshard(module)
+                checkpointer.load(source, states)
+                log(f"resumed from {source}: {train_state.step} of {cfg.training.steps} steps are done")
+            else:
+                log("no checkpoint to resume from: a fresh start")
+        first_step = train_state.step + 1
+        if first_step > cfg.training.steps:
+            log(f"this job is finished: {train_state.step} of {cfg.training.steps} steps are done; nothing to do")
+            return
+
+        # ------------------------------------------------------------------------------- metrics, validation
+        metrics = MetricLogger(
+            dump_folder,
+            rank=rank,
+            log_freq=cfg.metrics.log_freq,
+            total_steps=cfg.training.steps,
+            resume_step=train_state.step,
+            enable_tensorboard=cfg.metrics.enable_tensorboard,
+            enable_wandb=cfg.metrics.enable_wandb,
+            device=device,
+        )
+        metrics.add_text("config", f"```toml\n{cfg.to_toml()}```", train_state.step)
+        validator = Validator(cfg, method, metrics, device) if cfg.validation.enable else None
+
+        # ------------------------------------------------------------------------------------- the train loop
+        accumulation = batches.accumulation
+        for step in range(first_step, cfg.training.steps + 1):
+            if step % cfg.training.gc_freq == 0:
+                gc.collect()
+            values = {}
+            for role in method.phases(step):
+                module, optimizer = method.role_modules[role], method.optimizers[role]
+                for micro_batch in range(accumulation):
+                    with metrics.meter.waiting():
+                        batch = next(batches)
+                    last = micro_batch == accumulation - 1
+                    module.set_requires_gradient_sync(last or not cfg.parallelism.defer_grad_sync)
+                    loss, extra = method.single_train_step(batch, step, role)
+                    (loss / accumulation).backward()  # every sample of the global batch weighs the same
+                    for name, value in {f"loss/{role}": loss, **extra}.items():
+                        values[name] = values.get(name, 0.0) + value.detach() / accumulation
+
+                grad_norm = clip_grad_norm(method.get_grad_clip_targets(role), cfg.training.max_norm)
+                if not torch.isfinite(grad_norm):  # the norm is global: every rank sees it, none updates
+                    raise FloatingPointError(
+                        f"step {step}: the gradient norm of {role} is {float(grad_norm)}; its loss on rank {rank} is "
+                        f"{float(values[f'loss/{role}'])}. Nothing was updated; samples: {batch['sample_ids']}"
+                    )
+                values |= {f"grad_norm/{role}": grad_norm, f"lr/{role}": optimizer.param_groups[0]["lr"]}
+                optimizer.step()
+                optimizer.zero_grad()
+                method.lr_schedulers[role].step()
+                if ema is not None and role == "student":
+                    ema.update(step)
+            train_state.step = step
+
+            tokens = method.student.num_tokens(batch["latents"].shape)
+            phases = len(method.phases(step))
+            metrics.meter.count(
+                clips=phases * batches.sampler.global_batch_size, tokens=phases * tokens * accumulation * world_size
+            )
+            if metrics.due(step):
+                metrics.log_step(step, mean_over_ranks(values, device))
+
+            final = step == cfg.training.steps
+            with metrics.meter.excluded():
+                if validator is not None and (final or step % cfg.validation.interval == 0):
+                    validator.run(step, ema, last=final)
+                if checkpointer is not None and (final or step % cfg.checkpoint.interval == 0):
+                    versions = {"fvtitan": fvtitan.__version__, "torch": torch.__version__, "world_size": world_size}
+                    files = {"config.toml": cfg.to_toml(), "versions.json": json.dumps(versions, indent=2)}
+                    checkpointer.save(step, states, extra_files=files)
+
+        # --------------------------------------------------------------------------------------------- the end
+        if checkpointer is not None:
+            checkpointer.close()
+        metrics.close()
+        log(f"finished {cfg.training.steps} steps. Look at:")
+        log(f"  {dump_folder / 'metrics.jsonl'}  and  tensorboard --logdir {dump_folder / 'tensorboard'}")
+        if validator is not None:
+            log(f"  {validator.folder / f'step-{cfg.training.steps}'}: videos and contact_sheet.png")
+    finally:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    cli(main)
