@@ -38,11 +38,17 @@ class Stage:
     batch_size: int
     num_frames: int
     lr: float
+    guide_weight: tuple[float, float]  # at the stage's start and end
 
 
-STAGES = (Stage(1100, 4, 9, 3e-3), Stage(320, 2, 33, 1.5e-3))
+STAGES = (
+    Stage(1100, 4, 9, 3e-3, (3.0, 0.3)),
+    Stage(320, 2, 33, 1.5e-3, (0.3, 0.3)),
+    Stage(900, 4, 9, 2e-3, (0.03, 0.03)),  # the guide has done its work: the channels are free for edges
+    Stage(280, 2, 33, 1e-3, (0.03, 0.03)),
+)
 GUIDE_CHANNELS = 12  # colours of 4 frames
-GUIDE_WEIGHT = (3.0, 0.3)  # at the start of the first stage, and from its end on
+FOREGROUND_WEIGHT = 3.0  # a small shape is a twelfth of the frame
 EMA_DECAY = 0.99
 
 
@@ -62,12 +68,12 @@ def to_pixels(clips: Tensor) -> Tensor:
     return clips.permute(0, 4, 1, 2, 3).float() / 127.5 - 1
 
 
-def train_vae(seed: int = 0, stages: tuple[Stage, ...] = STAGES):
-    """A trained AutoencoderKLWan whose config carries the latents' mean and standard deviation."""
+def train_vae(seed: int = 0, stages: tuple[Stage, ...] = STAGES, vae=None):
+    """A trained AutoencoderKLWan whose config carries the latents' mean and standard deviation; `vae` continues one."""
     from diffusers import AutoencoderKLWan
 
     torch.manual_seed(fold(seed, "vae_init"))
-    vae = AutoencoderKLWan(**VAE_CONFIG)
+    vae = vae or AutoencoderKLWan(**VAE_CONFIG)
     average = {name: p.detach().clone() for name, p in vae.named_parameters()}
     start = time.time()
     for number, stage in enumerate(stages, 1):
@@ -76,13 +82,11 @@ def train_vae(seed: int = 0, stages: tuple[Stage, ...] = STAGES):
             warm = min(1.0, (step + 1) / 100)
             optimizer.param_groups[0]["lr"] = stage.lr * warm * (0.51 + 0.49 * math.cos(math.pi * step / stage.steps))
             pixels = training_clips(seed, step, stage.batch_size, stage.num_frames)
-            guide_weight = (
-                float(np.interp(step / stage.steps, (0, 1), GUIDE_WEIGHT)) if number == 1 else GUIDE_WEIGHT[1]
-            )
+            guide_weight = float(np.interp(step / stage.steps, (0, 1), stage.guide_weight))
             latents = vae.encode(pixels).latent_dist.mode()
             error = vae.decode(latents).sample - pixels
             guide = (latents[:, :GUIDE_CHANNELS] - local_colours(pixels)).square().mean()
-            loss = 10 * error.square().mean() + 0.5 * error.abs().mean() + guide_weight * guide
+            loss = reconstruction_loss(error, pixels) + guide_weight * guide
             loss.backward()
             torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
             optimizer.step()
@@ -102,6 +106,13 @@ def train_vae(seed: int = 0, stages: tuple[Stage, ...] = STAGES):
     mean, std = latent_statistics(vae, seed)
     vae.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist())
     return vae.eval()
+
+
+def reconstruction_loss(error: Tensor, pixels: Tensor) -> Tensor:
+    """Squared error and some L1, the shape's pixels weighted up. Both `[B, 3, T, H, W]`."""
+    background = pixels.flatten(2).median(2).values[:, :, None, None, None]
+    shape = ((pixels - background).abs().amax(1, keepdim=True) > 0.1).float()
+    return ((1 + (FOREGROUND_WEIGHT - 1) * shape) * (10 * error.square() + 0.5 * error.abs())).mean()
 
 
 def local_colours(pixels: Tensor) -> Tensor:

@@ -38,7 +38,7 @@ COLOURS = {
     "purple": (190, 45, 190),
     "cyan": (45, 190, 190),
 }
-SIZES = {"small": 8.0, "large": 13.0}  # radius of the circle, in pixels of a 64-pixel frame
+SIZES = {"small": 10.0, "large": 15.0}  # radius of the circle, in pixels of a 64-pixel frame
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 SPEEDS = {"slowly": 1.0, "quickly": 2.0}  # pixels per frame
 BACKGROUNDS = {"dark": 85, "light": 135}

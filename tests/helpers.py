@@ -1,0 +1,112 @@
+"""Small real inputs for the tests: latent caches written in the real format, configurations, and train.py in-process."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from fvtitan.config import JobConfig, load_config
+from fvtitan.data.latent_cache import FORMAT_VERSION, fingerprint, stack_text, text_key
+
+ROOT = Path(__file__).parents[1]
+GEOMETRY = {"num_frames": 9, "height": 32, "width": 32, "fps": 16}
+
+
+def make_cache(folder: Path, num_samples: int = 12, *, text_dim: int = 64, seed: int = 0) -> Path:
+    """A latent cache of random latents [3, 16, 4, 4] and embeddings, as preprocess would have written it."""
+    folder.mkdir(parents=True)
+    rng = torch.Generator().manual_seed(seed)
+    tensors, samples, name = {}, [], "shard-00000.safetensors"
+    for i in range(num_samples):
+        caption = f"caption {i}"
+        tensors[f"latents.{i:05d}"] = torch.randn(3, 16, 4, 4, generator=rng).bfloat16()
+        tensors[text_key(caption)] = torch.randn(3 + i % 5, text_dim, generator=rng).bfloat16()
+        samples.append(
+            {
+                "sample_id": f"{i}.mp4",
+                "caption": caption,
+                "shard": name,
+                "key": f"latents.{i:05d}",
+                "shape": [3, 16, 4, 4],
+                "source_sha256": f"{i}-{seed}",
+            }
+        )
+    save_file(tensors, folder / name)
+    prompts = [torch.randn(length, text_dim, generator=rng) for length in (1, 4)]
+    save_file(stack_text(prompts), folder / "prompts.safetensors")
+    (folder / "samples.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
+    contract = {"encoders": {"text_len": 32}, "size": GEOMETRY}
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        "fingerprint": fingerprint(contract, samples),
+        "num_samples": num_samples,
+        "contract": contract,
+        "shards": {name: (folder / name).stat().st_size},
+    }
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return folder
+
+
+def small_arguments(cache: Path, dump_folder: Path, **overrides: object) -> list[str]:
+    """Command line of a small fine-tuning run on `make_cache`'s cache; keys `section__key`."""
+    settings: dict[str, object] = {
+        "job__dump_folder": dump_folder,
+        "data__path": cache,
+        "training__steps": 6,
+        "training__local_batch_size": 2,
+        "training__mixed_precision_param": "float32",
+        "optimizer__lr": 1e-3,
+        "lr_scheduler__warmup_steps": 2,
+        "lr_scheduler__decay_type": "cosine",
+        "ema__enable": True,
+        "ema__decay": 0.8,
+        "ema__start_step": 2,
+        "checkpoint__interval": 3,
+        "validation__enable": False,
+        "metrics__log_freq": 1,
+        "metrics__enable_tensorboard": False,
+        **{f"data__{key}": value for key, value in GEOMETRY.items()},
+        **overrides,
+    }
+    return [word for key, value in settings.items() for word in (f"--{key.replace('__', '.')}", str(value))]
+
+
+def small_config(cache: Path, dump_folder: Path, **overrides: object) -> JobConfig:
+    return load_config(small_arguments(cache, dump_folder, **overrides))
+
+
+def train(arguments: list[str]) -> int:
+    """Run train.py in this process; returns its exit status."""
+    argv = sys.argv
+    sys.argv = ["train.py", *arguments]
+    try:
+        runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
+    except SystemExit as exit_:
+        return int(exit_.code or 0)
+    finally:
+        sys.argv = argv
+    raise AssertionError("train.py did not exit")
+
+
+def read_checkpoint(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint, full, by name; non-tensor state under its file's name as JSON text."""
+    from torch.distributed.checkpoint import FileSystemReader
+    from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
+    from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
+
+    state: dict[str, torch.Tensor] = {}
+    _load_state_dict(state, FileSystemReader(folder), planner=_EmptyStateDictLoadPlanner(), no_dist=True)
+    flat: dict[str, torch.Tensor] = {}
+
+    def flatten(prefix: str, tree) -> None:
+        for key, value in tree.items():
+            name = f"{prefix}.{key}" if prefix else str(key)
+            flatten(name, value) if isinstance(value, dict) else flat.__setitem__(name, value)
+
+    flatten("", state)
+    return flat

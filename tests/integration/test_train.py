@@ -1,0 +1,162 @@
+"""train.py itself: resume, topology, precision, failures."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from fvtitan.components.metrics import read_metrics
+from fvtitan.methods.finetune import FineTuneMethod
+from tests.helpers import ROOT, make_cache, read_checkpoint, small_arguments, train
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return make_cache(tmp_path_factory.mktemp("data") / "cache", num_samples=10)
+
+
+def torchrun(ranks: int, arguments: list[str], script: str = "train.py") -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", script]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [*command, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+    )
+
+
+def training_values(folder) -> list[dict[str, float]]:
+    """metrics.jsonl without what the clock decides."""
+    records = read_metrics(folder / "metrics.jsonl")
+    return [{key: value for key, value in record.items() if not key.startswith("perf/")} for record in records]
+
+
+def assert_same_checkpoint(first, second) -> None:
+    a, b = read_checkpoint(first), read_checkpoint(second)
+    assert a.keys() == b.keys() and len(a) > 100
+    for name, tensor in a.items():
+        assert torch.equal(tensor, b[name]), name
+    assert json.loads((first / "state.json").read_text()) == json.loads((second / "state.json").read_text())
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_stopped_run_resumes_bit_for_bit(cache, tmp_path, monkeypatch, workers):
+    # 6 steps of 4 samples over 10: the stop lies in the middle of an epoch, and the run crosses epochs.
+    keys = {"training__global_batch_size": 4, "data__num_workers": workers}
+    assert train(small_arguments(cache, tmp_path / "whole", **keys)) == 0
+
+    step_of = FineTuneMethod.single_train_step
+
+    def stops(self, batch, step, role):
+        if step == 4:
+            raise KeyboardInterrupt
+        return step_of(self, batch, step, role)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(FineTuneMethod, "single_train_step", stops)
+        train(small_arguments(cache, tmp_path / "stopped", **keys))
+    assert train(small_arguments(cache, tmp_path / "stopped", **{**keys, "data__num_workers": 0})) == 0
+
+    assert_same_checkpoint(tmp_path / "whole/checkpoint/step-6", tmp_path / "stopped/checkpoint/step-6")
+    values = training_values(tmp_path / "whole")
+    assert [record["step"] for record in values] == [1, 2, 3, 4, 5, 6]
+    assert values == training_values(tmp_path / "stopped")
+
+
+def test_a_finished_job_says_so(cache, tmp_path, capsys):
+    arguments = small_arguments(cache, tmp_path, training__steps=2, checkpoint__interval=2)
+    assert train(arguments) == 0
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    assert train(arguments) == 0
+    assert "this job is finished: 2 of 2 steps are done" in capsys.readouterr().out
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+
+
+def test_training_without_checkpoints_is_the_same_training(cache, tmp_path):
+    """Saving changes nothing: no fake optimizer step, no draw from a stream."""
+    assert train(small_arguments(cache, tmp_path / "often", checkpoint__interval=1)) == 0
+    assert train(small_arguments(cache, tmp_path / "never", checkpoint__enable=False)) == 0
+    assert training_values(tmp_path / "often") == training_values(tmp_path / "never")
+
+
+@pytest.mark.parametrize("defer", [False, True])
+def test_one_rank_accumulating_equals_two_ranks(cache, tmp_path, defer):
+    """1 rank x accumulation 2, 1 rank with twice the batch, and 2 ranks train the same model."""
+    keys = {"training__global_batch_size": 4, "checkpoint__interval": 6, "parallelism__defer_grad_sync": defer}
+    assert train(small_arguments(cache, tmp_path / "accumulated", **keys)) == 0
+    whole = {**keys, "training__local_batch_size": 4}
+    assert train(small_arguments(cache, tmp_path / "whole", **whole)) == 0
+    done = torchrun(2, small_arguments(cache, tmp_path / "ranks", **keys))
+    assert done.returncode == 0, done.stderr[-3000:]
+    reference = training_values(tmp_path / "whole")
+    weights = read_checkpoint(tmp_path / "whole/checkpoint/step-6")
+    for name in ("accumulated", "ranks"):
+        for expected, record in zip(reference, training_values(tmp_path / name), strict=True):
+            assert record == pytest.approx(expected, rel=1e-5), name
+        for key, tensor in read_checkpoint(tmp_path / name / "checkpoint/step-6").items():
+            if key.startswith(("roles.", "ema.")):
+                assert (tensor - weights[key]).norm() <= 1e-5 * weights[key].norm() + 1e-6, (name, key)
+
+
+def test_resume_on_another_number_of_ranks(cache, tmp_path):
+    """2 -> 1 -> 2 ranks: parameters, optimizer and EMA are exact at load, and the data goes on where it stopped."""
+    keys = {"training__global_batch_size": 4, "checkpoint__interval": 2, "checkpoint__keep_latest_k": 0}
+    assert train(small_arguments(cache, tmp_path / "one", **keys)) == 0
+    for ranks, last in ((2, 2), (1, 4), (2, 6)):
+        folder = tmp_path / "mixed"
+        done = torchrun(ranks, small_arguments(cache, folder, **keys))
+        assert done.returncode == 0, done.stderr[-3000:]
+        for step in range(last + 1, 7):  # as if it had been stopped at `last`
+            shutil.rmtree(folder / f"checkpoint/step-{step}", ignore_errors=True)
+    assert training_values(tmp_path / "mixed")[-1]["step"] == 6
+    for expected, record in zip(training_values(tmp_path / "one"), training_values(tmp_path / "mixed"), strict=True):
+        assert record == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"data__path": "nowhere"}, "data.path: the cache nowhere does not exist"),
+        ({"data__num_frames": 13}, "data.num_frames = 13, but the cache"),
+        ({"models.student.init_from": "nowhere"}, "'nowhere' is neither 'tiny-wan', nor a folder, nor a hub id"),
+        ({"checkpoint__require_resume": True}, "require_resume"),
+        ({"training__global_batch_size": 3}, "training.global_batch_size = 3"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(cache, tmp_path, capsys, overrides, message):
+    assert train(small_arguments(cache, tmp_path, **overrides)) == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    assert len(error) == 1 and error[0].startswith("error: ") and message in error[0]
+
+
+def test_nothing_is_updated_when_the_gradient_is_not_finite(cache, tmp_path, monkeypatch):
+    step_of = FineTuneMethod.single_train_step
+
+    def diverges(self, batch, step, role):
+        loss, metrics = step_of(self, batch, step, role)
+        return (loss * float("nan") if step == 3 else loss), metrics
+
+    monkeypatch.setattr(FineTuneMethod, "single_train_step", diverges)
+    with pytest.raises(FloatingPointError, match=r"step 3: the gradient norm of student is nan.*samples: \["):
+        train(small_arguments(cache, tmp_path, checkpoint__interval=1))
+    steps = sorted(path.name for path in (tmp_path / "checkpoint").glob("step-*"))
+    assert steps == ["step-1", "step-2"]
+
+
+def test_training_imports_no_encoder(cache, tmp_path):
+    """A machine that only trains needs neither diffusers nor transformers nor PyAV, and starts faster."""
+    arguments = small_arguments(cache, tmp_path, training__steps=1)
+    code = (
+        "import sys, runpy\n"
+        f"sys.argv = ['train.py', *{arguments!r}]\n"
+        "try:\n    runpy.run_path('train.py', run_name='__main__')\n"
+        "except SystemExit as e:\n    assert not e.code, e.code\n"
+        "found = {'diffusers', 'transformers', 'av'} & set(sys.modules)\n"
+        "assert not found, found\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]

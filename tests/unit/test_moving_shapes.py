@@ -1,0 +1,144 @@
+"""The synthetic set and its judge."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+
+from fvtitan.data import moving_shapes as ms
+from fvtitan.data.video import read_all_frames, write_video
+from fvtitan.errors import UserError
+
+
+def test_captions_say_everything():
+    combinations = ms.all_combinations()
+    assert len({attributes.caption for attributes in combinations}) == 576
+    assert all(ms.parse_caption(attributes.caption) == attributes for attributes in combinations)
+    with pytest.raises(UserError, match="not a caption"):
+        ms.parse_caption("a small red dog")
+
+
+def test_the_held_out_set_is_balanced_and_disjoint():
+    held_out, training = ms.held_out_combinations(), ms.training_combinations()
+    assert len(set(held_out)) == 48 and len(set(training)) == 528 and not set(held_out) & set(training)
+    for name, count in (
+        ("colour", 8),
+        ("shape", 16),
+        ("direction", 12),
+        ("size", 24),
+        ("speed", 24),
+        ("background", 24),
+    ):
+        assert set(Counter(getattr(attributes, name) for attributes in held_out).values()) == {count}, name
+
+
+def test_rendering_is_deterministic_and_seeded():
+    attributes = ms.all_combinations()[17]
+    assert torch.equal(ms.render_clip(attributes, seed=4), ms.render_clip(attributes, seed=4))
+    assert not torch.equal(ms.render_clip(attributes, seed=4), ms.render_clip(attributes, seed=5))
+
+
+def test_the_frame_is_a_torus():
+    """64 frames at 1 pixel a frame lead back to the start; area never changes on the way."""
+    attributes = ms.Attributes("small", "red", "square", "left", "slowly", "dark")
+    clip = ms.render_clip(attributes, num_frames=65, seed=1).numpy().astype(int)
+    assert np.abs(clip[0] - clip[64]).max() <= 1
+    area = (clip[..., 0] - 85).sum((1, 2))
+    assert area.std() / area.mean() < 0.01
+
+
+def test_the_start_does_not_tell_the_direction():
+    for direction in ms.DIRECTIONS:
+        centres = []
+        for seed in range(60):
+            clip = ms.render_clip(
+                ms.Attributes("small", "red", "circle", direction, "slowly", "dark"), num_frames=1, seed=seed
+            )
+            mask = clip[0, :, :, 0].float() - 85
+            centres.append([float(ms._circular_mean(mask.sum(axis)[None].numpy())[0]) for axis in (0, 1)])
+        x, y = np.array(centres).T
+        for position in (x, y):  # uniform on the ring: no preferred angle
+            assert abs(np.exp(2j * np.pi * position / 64).mean()) < 0.35
+
+
+@pytest.mark.parametrize("num_frames", [33, 97])
+def test_the_judge_is_right_on_rendered_clips(num_frames):
+    combinations = ms.all_combinations()[:: 1 if num_frames == 33 else 12]
+    judged = [ms.judge_video(ms.render_clip(a, num_frames=num_frames, seed=9), a.caption) for a in combinations]
+    scores = ms.summarise(judged)
+    assert all(scores[name] >= 0.99 for name in ms.CHANCE), scores
+    assert scores["area_constancy"] > 0.99 and scores["speed_constancy"] > 0.99 and scores["speed_drift"] < 0.01
+
+
+def test_the_judge_is_right_after_mp4(tmp_path):
+    judged = []
+    for i, attributes in enumerate(ms.all_combinations()[::12]):
+        write_video(tmp_path / f"{i}.mp4", ms.render_clip(attributes, seed=i), fps=16)
+        judged.append(ms.judge_video(read_all_frames(tmp_path / f"{i}.mp4"), attributes.caption))
+    scores = ms.summarise(judged)
+    assert all(scores[name] == 1.0 for name in ms.CHANCE), scores
+
+
+def test_the_judge_says_no():
+    attributes = ms.Attributes("large", "blue", "circle", "up", "quickly", "light")
+    clip = ms.render_clip(attributes, seed=2)
+    right = ms.judge_video(clip, attributes.caption)
+    assert right.colour_correct and right.shape_correct and right.direction_correct
+    for name, other in (
+        ("colour", "red"),
+        ("shape", "square"),
+        ("direction", "down"),
+        ("size", "small"),
+        ("speed", "slowly"),
+    ):
+        wrong = ms.judge_video(clip, ms.dataclasses.replace(attributes, **{name: other}).caption)
+        assert not getattr(wrong, f"{name}_correct"), name
+    assert ms.judge_video(clip[:1].expand(33, -1, -1, -1), attributes.caption).direction == ms.NOTHING  # static
+    flat = torch.full((33, 64, 64, 3), 100, dtype=torch.uint8)
+    assert ms.judge_video(flat, attributes.caption).colour == ms.NOTHING
+    backwards = ms.judge_video(clip.flip(0), attributes.caption)
+    assert not backwards.direction_correct
+    noise = torch.randint(0, 256, (33, 64, 64, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    assert not ms.judge_video(noise, attributes.caption).direction_correct
+
+
+def test_the_judge_measures_drift():
+    attributes = ms.Attributes("small", "green", "circle", "right", "slowly", "dark")
+    whole = ms.render_clip(attributes, num_frames=66, seed=3)
+    faster = torch.cat([whole[:33], whole[33::2]])  # the speed doubles half way
+    assert ms.judge_video(faster, attributes.caption).speed_drift > 0.4
+    large = ms.render_clip(ms.dataclasses.replace(attributes, size="large"), num_frames=33, seed=3)
+    grows = ms.judge_video(torch.cat([whole[:33], large]), attributes.caption)
+    assert grows.area_drift > 0.5 and grows.area_constancy < 0.7
+
+
+def test_a_half_rendered_set_is_finished_and_a_foreign_one_refused(tmp_path):
+    ms.render_dataset(tmp_path / "whole", 6, num_frames=5)
+    ms.render_dataset(tmp_path / "half", 6, num_frames=5)
+    (tmp_path / "half/000003.mp4").unlink()
+    (tmp_path / "half/metadata.jsonl").unlink()
+    ms.render_dataset(tmp_path / "half", 6, num_frames=5)
+    for path in (tmp_path / "whole").iterdir():
+        assert path.read_bytes() == (tmp_path / "half" / path.name).read_bytes(), path.name
+    with pytest.raises(UserError, match="holds another rendering"):
+        ms.render_dataset(tmp_path / "half", 7, num_frames=5)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/thesis.txt").write_text("x")
+    with pytest.raises(UserError, match="is not empty"):
+        ms.render_dataset(tmp_path / "mine", 7)
+
+
+def test_programs(tmp_path):
+    program = [sys.executable, "-m", "fvtitan.data.moving_shapes"]
+    render = [*program, "render", "--output", str(tmp_path / "v"), "--num-clips", "3"]
+    assert subprocess.run(render, capture_output=True).returncode == 0
+    done = subprocess.run([*program, "judge", "--videos", str(tmp_path / "v")], capture_output=True, text=True)
+    assert done.returncode == 0 and "colour             1.000   0.167" in done.stdout, done.stdout
+    (tmp_path / "empty").mkdir()
+    done = subprocess.run([*program, "judge", "--videos", str(tmp_path / "empty")], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: ")

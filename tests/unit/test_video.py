@@ -1,0 +1,136 @@
+"""Reading real files: the right frames by time, and a reason in words for every file that cannot be used."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+import av
+import numpy as np
+import pytest
+import torch
+
+from fvtitan.data.video import VideoError, VideoLimits, probe_video, read_all_frames, read_video, write_video
+
+SIZE = {"height": 32, "width": 32}
+
+
+def ramp(count: int, height: int = 32, width: int = 32, step: int = 3) -> torch.Tensor:
+    """Frame k is grey of level 10 + step k."""
+    levels = 10 + step * torch.arange(count)
+    return levels[:, None, None, None].expand(-1, height, width, 3).to(torch.uint8).contiguous()
+
+
+def levels(frames: torch.Tensor, step: int = 3) -> list[int]:
+    return [round((float(frame.float().mean()) - 10) / step) for frame in frames]
+
+
+def write_vfr(path, times: list[float]) -> None:
+    """Frame k is shown from times[k] on."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=30, options={"crf": "10"})
+        stream.width = stream.height = 32
+        stream.pix_fmt = "yuv420p"
+        stream.codec_context.time_base = Fraction(1, 1000)
+        for time, image in zip(times, ramp(len(times)).numpy(), strict=True):
+            frame = av.VideoFrame.from_ndarray(image, format="rgb24")
+            frame.pts, frame.time_base = round(1000 * time), Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+
+
+def test_write_and_read_back(tmp_path):
+    write_video(tmp_path / "a.mp4", ramp(20), fps=16)
+    frames = read_all_frames(tmp_path / "a.mp4")
+    assert frames.shape == (20, 32, 32, 3) and frames.dtype == torch.uint8 and levels(frames) == list(range(20))
+    info = probe_video(tmp_path / "a.mp4")
+    assert (info.width, info.height, info.num_frames) == (32, 32, 20)
+    assert [p.name for p in tmp_path.iterdir()] == ["a.mp4"]  # no temporary file stays
+    with pytest.raises(ValueError, match="even sizes"):
+        write_video(tmp_path / "b.mp4", ramp(2, 31, 32), fps=16)
+
+
+@pytest.mark.parametrize(
+    ("source_fps", "expected"),
+    [
+        (16, [0, 1, 2, 3, 4, 5, 6, 7, 8]),
+        (32, [0, 2, 4, 6, 8, 10, 12, 14, 16]),
+        (8, [0, 0, 1, 1, 2, 2, 3, 3, 4]),
+        (24, [0, 1, 3, 4, 6, 7, 9, 10, 12]),  # the frame on screen at k / 16 s
+    ],
+)
+def test_resampling_takes_the_frame_on_screen(tmp_path, source_fps, expected):
+    write_video(tmp_path / "a.mp4", ramp(30), fps=source_fps)
+    assert levels(read_video(tmp_path / "a.mp4", num_frames=9, fps=16, **SIZE)) == expected
+
+
+def test_variable_frame_rate(tmp_path):
+    times = [0.0, 0.05, 0.30, 0.31, 0.32, 0.50]
+    write_vfr(tmp_path / "a.mp4", times)
+    expected = [max(k for k, t in enumerate(times) if t <= i / 16 + 1e-3) for i in range(9)]
+    assert levels(read_video(tmp_path / "a.mp4", num_frames=9, fps=16, **SIZE)) == expected
+
+
+def test_resize_covers_and_crops_the_centre(tmp_path):
+    frames = ramp(5, 64, 128, step=0)
+    frames[:, :, :32], frames[:, :, 96:] = 250, 250  # the sides, which a square crop leaves out
+    write_video(tmp_path / "wide.mp4", frames, fps=16)
+    read = read_video(tmp_path / "wide.mp4", num_frames=5, fps=16, **SIZE)
+    assert read.shape == (5, 32, 32, 3) and float(read[:, :, 3:-3].float().max()) < 40
+    write_video(tmp_path / "tall.mp4", frames.transpose(1, 2).contiguous(), fps=16)
+    read = read_video(tmp_path / "tall.mp4", num_frames=5, fps=16, **SIZE)
+    assert read.shape == (5, 32, 32, 3) and float(read[:, 3:-3].float().max()) < 40
+    write_video(tmp_path / "odd.mp4", ramp(5, 50, 38), fps=16)
+    assert read_video(tmp_path / "odd.mp4", num_frames=5, fps=16, **SIZE).shape == (5, 32, 32, 3)
+
+
+def test_too_short_says_both_counts(tmp_path):
+    write_video(tmp_path / "a.mp4", ramp(20), fps=30)
+    with pytest.raises(VideoError, match="too short: 11 frames at 16 fps, 33 are needed"):
+        read_video(tmp_path / "a.mp4", num_frames=33, fps=16, **SIZE)
+    write_video(tmp_path / "b.mp4", ramp(9), fps=16)
+    assert len(read_video(tmp_path / "b.mp4", num_frames=9, fps=16, **SIZE)) == 9  # just long enough
+
+
+def test_unusable_files_have_a_reason(tmp_path):
+    (tmp_path / "empty.mp4").touch()
+    (tmp_path / "text.mp4").write_text("this is not a video")
+    write_video(
+        tmp_path / "whole.mp4",
+        torch.from_numpy(np.random.RandomState(0).randint(0, 255, (60, 32, 32, 3), np.uint8)),
+        16,
+    )
+    content = (tmp_path / "whole.mp4").read_bytes()
+    (tmp_path / "cut.mp4").write_bytes(content[: len(content) // 2])
+    with av.open(str(tmp_path / "sound.mp4"), "w") as container:
+        stream = container.add_stream("aac", rate=8000)
+        sound = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+        sound.sample_rate = 8000
+        container.mux(stream.encode(sound))
+        container.mux(stream.encode())
+    reasons = {
+        "missing.mp4": "no such file",
+        "empty.mp4": "0 bytes",
+        "text.mp4": "damaged or not a video",
+        "cut.mp4": "damaged",
+        "sound.mp4": "no video stream",
+    }
+    for name, reason in reasons.items():
+        with pytest.raises(VideoError, match=reason):
+            read_video(tmp_path / name, num_frames=9, fps=16, **SIZE)
+    for name in ("http://localhost/a.mp4", f"concat:{tmp_path}/whole.mp4", f"file:{tmp_path}/whole.mp4"):
+        with pytest.raises(VideoError, match="no such file"):
+            read_video(name, num_frames=9, fps=16, **SIZE)
+
+
+@pytest.mark.parametrize(
+    ("limits", "reason"),
+    [
+        (VideoLimits(max_bytes=100), "bytes, more than the limit of 100"),
+        (VideoLimits(max_seconds=0.5), r"lasts 1\.\d s, more than the limit of 0.5 s"),
+        (VideoLimits(max_pixels=1000), "1024 pixels, more than the limit of 1000"),
+    ],
+)
+def test_limits(tmp_path, limits, reason):
+    write_video(tmp_path / "a.mp4", ramp(20), fps=16)
+    with pytest.raises(VideoError, match=reason):
+        read_video(tmp_path / "a.mp4", num_frames=9, fps=16, limits=limits, **SIZE)
