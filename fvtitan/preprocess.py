@@ -4,7 +4,7 @@
 
 DIR holds `metadata.jsonl` (`{"file_name": ..., "caption": ...}` a line) or `clip.mp4` beside `clip.txt`. Every file ends as
 a sample or as a line in `skipped.jsonl` with the reason. Under torchrun the work is split over the ranks, with the same
-result. A run that was interrupted goes on where it stopped.
+result. A run that was interrupted, at any moment, goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -15,28 +15,30 @@ import hashlib
 import importlib.metadata
 import json
 import os
-import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from fvtitan.components.files import write_atomic
 from fvtitan.components.metrics import duration
-from fvtitan.data.latent_cache import FORMAT_VERSION, fingerprint, stack_text, text_key
+from fvtitan.data.latent_cache import FORMAT_VERSION, fingerprint, read_jsonl, stack_text, text_key
+from fvtitan.data.listing import Record, list_records
 from fvtitan.data.video import VideoError, VideoLimits, read_video
+from fvtitan.distributed.utils import close_distributed
 from fvtitan.errors import UserError, cli
 
-VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v")
-FILE_KEYS = ("file_name", "path", "video_path", "video")
-CAPTION_KEYS = ("caption", "text", "prompt", "cap")
 SHARD_SAMPLES = 64
-ENCODE_BATCH = 8
+# Small clips are encoded up to 8 at a time; one of 81 x 480 x 832 fills a VAE by itself.
+ENCODE_BATCH, ENCODE_PIXELS = 8, 2**23
+PROGRESS_SECONDS = 10
 # Wan's default negative prompt, as published with the model.
 WAN_NEGATIVE_PROMPT = (
     "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，"
@@ -79,85 +81,6 @@ class PreprocessConfig:
             raise UserError(f"--data {self.data}: no such folder")
 
 
-@dataclass(frozen=True)
-class Record:
-    """One line of the data set: a file of the root and its caption, or why it cannot be used."""
-
-    file: str
-    caption: str = ""
-    problem: str = ""
-
-
-def list_records(root: Path) -> list[Record]:
-    """Every captioned video of a folder, and every file that looks like one, in a fixed order."""
-    metadata = root / "metadata.jsonl"
-    records = _from_metadata(metadata) if metadata.is_file() else _from_pairs(root)
-    seen: set[str] = set()
-    checked = []
-    for record in records:
-        problem = record.problem or _path_problem(root, record.file)
-        if not problem and not record.caption.strip():
-            problem = "the caption is empty"
-        if record.file in seen:
-            problem = "listed twice"
-        seen.add(record.file)
-        checked.append(dataclasses.replace(record, problem=problem))
-    if metadata.is_file():
-        videos = sorted(p.relative_to(root).as_posix() for p in root.rglob("*") if p.suffix.lower() in VIDEO_SUFFIXES)
-        checked += [
-            Record(name, problem="not in metadata.jsonl") for name in videos if name not in seen and name[0] != "."
-        ]
-    return checked
-
-
-def _from_metadata(path: Path) -> Iterator[Record]:
-    for number, line in enumerate(path.read_bytes().splitlines(), 1):
-        where = f"metadata.jsonl:{number}"
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line.decode("utf-8"))
-        except UnicodeDecodeError:
-            yield Record(where, problem="the line is not UTF-8")
-            continue
-        except ValueError as error:
-            yield Record(where, problem=f"the line is not JSON: {error}")
-            continue
-        if not isinstance(entry, dict):
-            yield Record(where, problem="the line is not a JSON object")
-            continue
-        file = next((entry[key] for key in FILE_KEYS if key in entry), None)
-        caption = next((entry[key] for key in CAPTION_KEYS if key in entry), None)
-        if not isinstance(file, str) or not file:
-            yield Record(where, problem=f"no file: need one of the keys {', '.join(FILE_KEYS)}")
-        elif not isinstance(caption, str):
-            yield Record(file, problem=f"no caption: need one of the keys {', '.join(CAPTION_KEYS)}")
-        else:
-            yield Record(file, caption)
-
-
-def _from_pairs(root: Path) -> Iterator[Record]:
-    for path in sorted(p for p in root.rglob("*") if p.suffix.lower() in VIDEO_SUFFIXES and p.name[0] != "."):
-        name, text = path.relative_to(root).as_posix(), path.with_suffix(".txt")
-        if not text.is_file():
-            yield Record(name, problem=f"no caption: {text.name} does not exist")
-            continue
-        try:
-            yield Record(name, text.read_text(encoding="utf-8").strip())
-        except UnicodeDecodeError:
-            yield Record(name, problem=f"the caption {text.name} is not UTF-8")
-
-
-def _path_problem(root: Path, file: str) -> str:
-    if file.startswith("metadata.jsonl:"):
-        return ""
-    if "\0" in file or "://" in file:
-        return "not a local file name"
-    if not (root / file).resolve().is_relative_to(root.resolve()):
-        return "the path leaves the data folder"
-    return "" if (root / file).is_file() else "no such file"
-
-
 def _sha256(path: Path) -> str:
     digest = hashlib.sha256()
     with path.open("rb") as file:
@@ -172,12 +95,9 @@ def build_contract(cfg: PreprocessConfig, records: list[Record]) -> dict[str, An
     from fvtitan.models.pipeline import pipeline_folder, pipeline_text_len
 
     folder = pipeline_folder(cfg.model, "tokenizer", "text_encoder", "vae")
-    root = Path(cfg.data)
     listing = hashlib.sha256()
     for record in records:
-        path = root / record.file
-        size = path.stat().st_size if not record.problem else 0
-        listing.update(json.dumps([record.file, record.caption, record.problem, size]).encode())
+        listing.update(json.dumps(dataclasses.astuple(record)).encode())
     return {
         "data": listing.hexdigest(),
         "size": {"width": cfg.width, "height": cfg.height, "num_frames": cfg.num_frames, "fps": cfg.fps},
@@ -205,15 +125,23 @@ def _adopt_folder(cfg: PreprocessConfig, contract: dict[str, Any]) -> bool:
     """Make `output` ours; True when it already holds the finished cache. Raises when it holds something else."""
     output = Path(cfg.output)
     recorded = output / "contract.json"
+    if output.is_dir():
+        for temporary in output.glob(".*.tmp"):  # left by a run that was killed
+            temporary.unlink()
     if cfg.overwrite and recorded.is_file():
-        shutil.rmtree(output)
+        _clear(output)
     if recorded.is_file():
-        old, new = _flatten(json.loads(recorded.read_text(encoding="utf-8"))), _flatten(contract)
+        try:
+            old, new = _flatten(json.loads(recorded.read_text(encoding="utf-8"))), _flatten(contract)
+        except ValueError as error:
+            raise UserError(f"{recorded} is damaged ({error}): --overwrite makes the cache again") from None
         for key in sorted(old.keys() | new.keys()):
             if old.get(key) != new.get(key):
+                was = f"{key} is {old.get(key)!r} there and {new.get(key)!r} now"
+                was = "data: other videos or captions than those in --data now" if key == "data" else was
                 raise UserError(
-                    f"--output {output} was made under another contract: {key} is {old.get(key)!r} there and "
-                    f"{new.get(key)!r} now; use another folder, or --overwrite to make it again"
+                    f"--output {output} was made under another contract: {was}; use another folder, or --overwrite to "
+                    "make it again"
                 )
         return (output / "manifest.json").is_file()
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
@@ -223,50 +151,66 @@ def _adopt_folder(cfg: PreprocessConfig, contract: dict[str, Any]) -> bool:
     return False
 
 
-def _write_shard(number: int, records: list[Record], cfg: PreprocessConfig, encode_text, vae) -> None:
-    """Encode one shard's records; its `.jsonl` comes last and says that the shard is whole."""
-    output, root, name = Path(cfg.output), Path(cfg.data), f"shard-{number:05d}.safetensors"
+def _clear(output: Path) -> None:
+    """Remove a cache's files: first what makes it a cache, last what makes it ours."""
+    (output / "manifest.json").unlink(missing_ok=True)
+    for pattern in ("shard-*.safetensors", "shard-*.safetensors.jsonl", "samples.jsonl", "skipped.jsonl"):
+        for path in output.glob(pattern):
+            path.unlink()
+    (output / "prompts.safetensors").unlink(missing_ok=True)
+    (output / "contract.json").unlink()
+
+
+def _shard_name(number: int) -> str:
+    return f"shard-{number:05d}.safetensors"
+
+
+def _is_whole(shard: Path) -> bool:
+    """Whether a shard was finished, and still is as it was written."""
+    try:
+        lines = read_jsonl(shard.with_name(f"{shard.name}.jsonl"))
+        with safe_open(shard, framework="pt") as stored:
+            return {line["key"] for line in lines if "key" in line} <= set(stored.keys())
+    except (OSError, ValueError, SafetensorError):
+        return False
+
+
+def _write_shard(
+    name: str, records: list[Record], cfg: PreprocessConfig, encode_text, vae, report: Callable[[int], None]
+) -> None:
+    """Encode one shard's records; its `.jsonl` comes last and says that the shard is whole. `report(n)`: n more done."""
+    output, root = Path(cfg.output), Path(cfg.data)
+    size = {"num_frames": cfg.num_frames, "height": cfg.height, "width": cfg.width}
+    encode_batch = max(1, min(ENCODE_BATCH, ENCODE_PIXELS // (cfg.num_frames * cfg.height * cfg.width)))
     tensors: dict[str, torch.Tensor] = {}
     lines: list[dict[str, Any]] = []
-    pending: list[tuple[Record, torch.Tensor]] = []
+    pending: list[tuple[dict[str, Any], torch.Tensor]] = []
 
     def flush() -> None:
         if not pending:
             return
         pixels = torch.stack([frames for _, frames in pending]).permute(0, 1, 4, 2, 3).float() / 127.5 - 1
-        for (record, _), latents in zip(pending, vae.encode(pixels), strict=True):
-            key = f"latents.{len(tensors):05d}"
-            tensors[key] = latents.to(torch.bfloat16).cpu().contiguous()
-            lines.append(
-                {
-                    "sample_id": record.file,
-                    "caption": record.caption,
-                    "shard": name,
-                    "key": key,
-                    "shape": list(latents.shape),
-                    "source_sha256": _sha256(root / record.file),
-                }
-            )
+        for (line, _), latents in zip(pending, vae.encode(pixels), strict=True):
+            tensors[line["key"]] = latents.to(torch.bfloat16).cpu().contiguous()
+            line["shape"] = list(latents.shape)
+        report(len(pending))
         pending.clear()
 
-    for record in records:
+    for position, record in enumerate(records):
         problem = record.problem
         if not problem:
             try:
-                frames = read_video(
-                    root / record.file,
-                    num_frames=cfg.num_frames,
-                    height=cfg.height,
-                    width=cfg.width,
-                    fps=cfg.fps,
-                    limits=cfg.limits,
-                )
-                pending.append((record, frames))
+                frames = read_video(root / record.file, **size, fps=cfg.fps, limits=cfg.limits)
+                line = {"sample_id": record.file, "caption": record.caption, "shard": name}
+                line |= {"key": f"latents.{position:05d}", "shape": [], "source_sha256": _sha256(root / record.file)}
+                lines.append(line)
+                pending.append((line, frames))
             except VideoError as error:
                 problem = str(error)
         if problem:
-            lines.append({"file": record.file, "reason": problem})
-        if len(pending) == ENCODE_BATCH:
+            lines.append(_skipped_line(record.file, problem))
+            report(1)
+        if len(pending) == encode_batch:
             flush()
     flush()
     captions = sorted({line["caption"] for line in lines if "caption" in line})
@@ -275,30 +219,35 @@ def _write_shard(number: int, records: list[Record], cfg: PreprocessConfig, enco
         for caption, embeds in zip(batch, encode_text(batch), strict=True):
             tensors[text_key(caption)] = embeds.to(torch.bfloat16).cpu().contiguous()
     write_atomic(output / name, save(tensors))
-    write_atomic(output / f"{name}.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    write_atomic(output / f"{name}.jsonl", _jsonl(lines))
 
 
-def _commit(cfg: PreprocessConfig, contract: dict[str, Any], num_shards: int) -> tuple[int, int]:
-    """Merge the shards' lists and write the manifest, which makes the cache one. Returns (samples, skipped)."""
+def _skipped_line(file: str, reason: str) -> dict[str, Any]:
+    return {"file": file.encode("utf-8", "backslashreplace").decode(), "reason": reason}
+
+
+def _jsonl(lines: list[dict[str, Any]]) -> str:
+    return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+
+
+def _commit(cfg: PreprocessConfig, contract: dict[str, Any], num_shards: int, ignored: list[Record]) -> tuple[int, int]:
+    """Merge the shards' lists and write the manifest, which makes the cache one. Returns (samples, bad files)."""
     output = Path(cfg.output)
-    names = [f"shard-{number:05d}.safetensors" for number in range(num_shards)]
-    lines = [
-        json.loads(line)
-        for name in names
-        for line in (output / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
-    ]
+    names = [_shard_name(number) for number in range(num_shards)]
+    lines = [line for name in names for line in read_jsonl(output / f"{name}.jsonl")]
     samples = [line for line in lines if "sample_id" in line]
     skipped = [line for line in lines if "reason" in line]
-    for file, entries in (("samples.jsonl", samples), ("skipped.jsonl", skipped)):
-        write_atomic(output / file, "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries))
+    unused = [_skipped_line(record.file, record.problem) for record in ignored]
+    write_atomic(output / "samples.jsonl", _jsonl(samples))
+    write_atomic(output / "skipped.jsonl", _jsonl(skipped + unused))
     bad, total = len(skipped), len(lines)
+    if not total:
+        raise UserError(f"--data {cfg.data}: no videos in it (metadata.jsonl, or clip.mp4 beside clip.txt)")
     if not samples or bad > cfg.max_bad_fraction * total:
-        first = f"; the first: {skipped[0]['file']}: {skipped[0]['reason']}" if skipped else ""
+        limit = f", more than --max-bad-fraction {cfg.max_bad_fraction:g}" if samples else ""
+        first = f"{skipped[0]['file']}: {skipped[0]['reason']}"
         raise UserError(
-            f"{bad} of {total} files cannot be used, more than --max-bad-fraction {cfg.max_bad_fraction:g}: see "
-            f"{output / 'skipped.jsonl'}{first}"
-            if total
-            else f"--data {cfg.data}: no videos in it (metadata.jsonl, or clip.mp4 beside clip.txt)"
+            f"{bad} of {total} files cannot be used{limit}: see {output / 'skipped.jsonl'}; the first: {first}"
         )
     shapes: dict[str, int] = {}
     for sample in samples:
@@ -310,6 +259,7 @@ def _commit(cfg: PreprocessConfig, contract: dict[str, Any], num_shards: int) ->
         "fingerprint": fingerprint(contract, samples),
         "num_samples": len(samples),
         "num_skipped": bad,
+        "num_ignored": len(unused),
         "buckets": shapes,
         "model": cfg.model,
         "contract": contract,
@@ -329,63 +279,69 @@ def preprocess(cfg: PreprocessConfig) -> None:
 
     cfg.check()
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    records = list_records(Path(cfg.data))
-    contract = build_contract(cfg, records)
-    outcome: list[Any] = [None]
-    if rank == 0:
-        try:
-            outcome[0] = _adopt_folder(cfg, contract)
-        except UserError as error:
-            outcome[0] = str(error)
-    _broadcast(outcome)
-    if isinstance(outcome[0], str):
-        raise UserError(outcome[0])
     output = Path(cfg.output)
-    if outcome[0]:
+
+    def plan() -> tuple[list[Record], list[Record], dict[str, Any], bool]:
+        records, ignored = list_records(Path(cfg.data), exclude=output)
+        contract = build_contract(cfg, records)
+        return records, ignored, contract, _adopt_folder(cfg, contract)
+
+    records, ignored, contract, finished = _on_rank_zero(plan)
+    if finished:
         if rank == 0:
             print(f"{output}: finished before, nothing to do", flush=True)
         return
 
     num_shards = -(-len(records) // SHARD_SAMPLES)
-    mine = range(rank, num_shards, world)
-    todo = [s for s in mine if not (output / f"shard-{s:05d}.safetensors.jsonl").is_file()]
+    todo = [number for number in range(rank, num_shards, world) if not _is_whole(output / _shard_name(number))]
+    need_prompts = rank == 0 and not (output / "prompts.safetensors").is_file()
     device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    text_encoder = TextEncoder(cfg.model, device=device) if todo or rank == 0 else None
+    text_encoder = TextEncoder(cfg.model, device=device) if todo or need_prompts else None
     vae = VideoVAE(cfg.model, device=device) if todo else None
-    start, done = time.time(), 0
-    total = sum(len(records[s * SHARD_SAMPLES : (s + 1) * SHARD_SAMPLES]) for s in todo)
-    for number in todo:
-        part = records[number * SHARD_SAMPLES : (number + 1) * SHARD_SAMPLES]
-        _write_shard(number, part, cfg, text_encoder.encode, vae)
-        done += len(part)
-        if rank == 0:
-            left = (time.time() - start) / done * (total - done)
-            print(
-                f"preprocess: {done}/{total} clips{' of this rank' if world > 1 else ''}, {duration(left)} left",
-                flush=True,
-            )
-    if rank == 0:
+    parts = {number: records[number * SHARD_SAMPLES : (number + 1) * SHARD_SAMPLES] for number in todo}
+    progress = _Progress(sum(map(len, parts.values())), " of this rank" if world > 1 else "", quiet=rank != 0)
+    for number, part in parts.items():
+        _write_shard(_shard_name(number), part, cfg, text_encoder.encode, vae, progress.add)
+    if need_prompts:
         write_atomic(output / "prompts.safetensors", save(stack_text(text_encoder.encode(["", cfg.negative_prompt]))))
     if world > 1:
         dist.barrier()
-    outcome = [None]
+    samples, skipped = _on_rank_zero(lambda: _commit(cfg, contract, num_shards, ignored))
     if rank == 0:
-        try:
-            outcome[0] = _commit(cfg, contract, num_shards)
-        except UserError as error:
-            outcome[0] = str(error)
-    _broadcast(outcome)
-    if isinstance(outcome[0], str):
-        raise UserError(outcome[0])
-    if rank == 0:
-        samples, skipped = outcome[0]
         note = f", {skipped} files skipped (see skipped.jsonl)" if skipped else ""
         print(f"{output}: {samples} samples{note}", flush=True)
 
 
-def _broadcast(objects: list[Any]) -> None:
+class _Progress:
+    """A plain line every PROGRESS_SECONDS, and at the end."""
+
+    def __init__(self, total: int, whose: str, quiet: bool):
+        self.total, self.whose, self.quiet = total, whose, quiet
+        self.done, self.start = 0, time.monotonic()
+        self.printed = self.start
+
+    def add(self, count: int) -> None:
+        self.done += count
+        now = time.monotonic()
+        if not self.quiet and (self.done == self.total or now - self.printed > PROGRESS_SECONDS):
+            self.printed = now
+            left = (now - self.start) / self.done * (self.total - self.done)
+            print(f"preprocess: {self.done}/{self.total} clips{self.whose}, {duration(left)} left", flush=True)
+
+
+def _on_rank_zero(action: Callable[[], Any]) -> Any:
+    """What `action` returns on rank 0, or the `UserError` it raises there, on every rank."""
+    outcome: list[Any] = [None, ""]
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        try:
+            outcome[0] = action()
+        except UserError as error:
+            outcome[1] = str(error)
     if dist.is_initialized():
-        dist.broadcast_object_list(objects)
+        dist.broadcast_object_list(outcome)
+    if outcome[1]:
+        raise UserError(outcome[1])
+    return outcome[0]
 
 
 def main() -> None:
@@ -406,20 +362,21 @@ def main() -> None:
     parser.add_argument("--max-bytes", type=int, default=VideoLimits.max_bytes, help="largest file read")
     parser.add_argument("--max-seconds", type=float, default=VideoLimits.max_seconds, help="longest video read")
     parser.add_argument("--max-pixels", type=int, default=VideoLimits.max_pixels, help="largest frame read")
+    parser.add_argument("--max-frames", type=int, default=VideoLimits.max_frames, help="most frames decoded of a file")
     parser.add_argument("--overwrite", action="store_true", help="replace a cache made under another contract")
     parser.add_argument("--device", default="", help="default: cuda when there is one, else cpu")
     args = vars(parser.parse_args())
-    limits = VideoLimits(*(args.pop(name) for name in ("max_bytes", "max_seconds", "max_pixels")))
+    limits = VideoLimits(**{field.name: args.pop(field.name) for field in dataclasses.fields(VideoLimits)})
     distributed = int(os.environ.get("WORLD_SIZE", 1)) > 1
     if distributed:
-        dist.init_process_group("gloo")
+        dist.init_process_group("gloo", timeout=timedelta(days=7))  # a rank may wait long for the slowest shard
         if torch.cuda.is_available():
             args["device"] = args["device"] or f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
         preprocess(PreprocessConfig(**args, limits=limits))
     finally:
         if distributed:
-            dist.destroy_process_group()
+            close_distributed()
 
 
 if __name__ == "__main__":

@@ -7,8 +7,10 @@ that the CPU generator uses of a seed, and the generator is re-seeded before eac
 from __future__ import annotations
 
 import hashlib
+import random
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,6 +27,13 @@ def fold(*parts: int | str) -> int:
 def generator(device: torch.device | str, *parts: int | str) -> torch.Generator:
     """A new generator at the start of the stream `parts`."""
     return torch.Generator(device).manual_seed(fold(*parts))
+
+
+def seed_global_generators(seed: int, rank: int) -> None:
+    """Seed the generators of torch, NumPy and Python. Methods draw from named streams only; a user's code may use these."""
+    torch.manual_seed(fold(seed, "torch", rank))
+    np.random.seed(fold(seed, "numpy", rank))
+    random.seed(fold(seed, "python", rank))
 
 
 class SampleStreams:

@@ -4,6 +4,7 @@ manifest.json            versions, contract (encoders and their hashes, size, ra
 shard-00000.safetensors  up to 64 samples: `latents.<row>` bf16 [T, C, H, W]; `text.<hash>` bf16 [L, D], true length
 samples.jsonl            one line a sample: id, caption, shape, where it lies, hash of its source
 skipped.jsonl            one line a file that was not used, and why
+shard-00000...jsonl      the shard's part of the two, by which an interrupted run knows that the shard is whole
 prompts.safetensors      `empty` and `negative`: the embeddings of the unconditional prompts
 """
 
@@ -42,6 +43,11 @@ def fingerprint(contract: dict[str, Any], samples: list[dict[str, Any]]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSON-lines file. Only a newline ends a line: captions may hold U+2028 and its like."""
+    return [json.loads(line) for line in path.read_bytes().split(b"\n") if line]
+
+
 class LatentCache(Dataset):
     """Map-style dataset over a latent cache, memory-mapped.
 
@@ -55,8 +61,7 @@ class LatentCache(Dataset):
         self.manifest = self._read_manifest()
         self.fingerprint: str = self.manifest["fingerprint"]
         try:
-            lines = (self.path / "samples.jsonl").read_text(encoding="utf-8").splitlines()
-            self.samples: list[dict[str, Any]] = [json.loads(line) for line in lines]
+            self.samples = read_jsonl(self.path / "samples.jsonl")
         except (OSError, ValueError) as error:
             raise UserError(f"{self.path / 'samples.jsonl'} is damaged ({error}): {REBUILD}") from None
         if not self.samples:
@@ -66,6 +71,12 @@ class LatentCache(Dataset):
                 f"{self.path / 'samples.jsonl'} has {len(self.samples)} samples, the manifest says "
                 f"{self.manifest['num_samples']}: {REBUILD}"
             )
+        try:
+            written_for = fingerprint(self.manifest["contract"], self.samples)
+        except (KeyError, TypeError) as error:
+            raise UserError(f"{self.path / 'samples.jsonl'} is damaged: a line lacks {error}: {REBUILD}") from None
+        if self.fingerprint != written_for:
+            raise UserError(f"{self.path / 'samples.jsonl'} is not the list the manifest was written for: {REBUILD}")
         self._handles: dict[str, Any] = {}
         self._handles_pid = os.getpid()
         self._check_shards()
@@ -92,11 +103,6 @@ class LatentCache(Dataset):
             raise UserError(
                 f"{self.path / sample['shard']}: sample {sample['sample_id']!r}: {error}: {REBUILD}"
             ) from None
-        if list(latents.shape) != sample["shape"]:
-            raise UserError(
-                f"{self.path / sample['shard']}: sample {sample['sample_id']!r} has shape {list(latents.shape)}, "
-                f"samples.jsonl says {sample['shape']}: {REBUILD}"
-            )
         for name, tensor in (("latents", latents), ("prompt_embeds", embeds)):
             if not torch.isfinite(tensor).all():
                 raise UserError(
@@ -115,23 +121,17 @@ class LatentCache(Dataset):
             manifest = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             started = (self.path / "contract.json").is_file()
-            state = (
-                "is not finished (no manifest.json)"
-                if started
-                else "does not exist"
-                if not self.path.exists()
-                else ("is not a latent cache (no manifest.json)")
-            )
+            state = "is not a latent cache (no manifest.json)" if self.path.exists() else "does not exist"
+            state = "is not finished (no manifest.json)" if started else state
             raise UserError(
                 f"data.path: the cache {self.path} {state}: "
                 "`python -m fvtitan.preprocess --data DIR --model PIPELINE --output CACHE` makes one"
             ) from None
         except (OSError, ValueError) as error:
             raise UserError(f"{path} is damaged ({error}): {REBUILD}") from None
-        if not isinstance(manifest, dict) or manifest.get("format_version") != FORMAT_VERSION:
-            raise UserError(
-                f"{path}: format {manifest.get('format_version')!r}, this version reads {FORMAT_VERSION}: {REBUILD}"
-            )
+        version = manifest.get("format_version") if isinstance(manifest, dict) else None
+        if version != FORMAT_VERSION:
+            raise UserError(f"{path}: format {version!r}, this version reads {FORMAT_VERSION}: {REBUILD}")
         missing = {"fingerprint", "num_samples", "shards", "contract"} - set(manifest)
         if missing:
             raise UserError(f"{path}: {', '.join(sorted(missing))} missing: {REBUILD}")
@@ -139,10 +139,10 @@ class LatentCache(Dataset):
 
     def _check_shards(self) -> None:
         """Sizes and headers of all shards against the manifest and the samples."""
-        needed: dict[str, set[str]] = {}
+        needed: dict[str, list[dict[str, Any]]] = {}
         for sample in self.samples:
-            needed.setdefault(sample["shard"], set()).update((sample["key"], text_key(sample["caption"])))
-        for name, keys in needed.items():
+            needed.setdefault(sample["shard"], []).append(sample)
+        for name, samples in needed.items():
             path = self.path / name
             size = path.stat().st_size if path.is_file() else None
             expected = self.manifest["shards"].get(name)
@@ -150,11 +150,21 @@ class LatentCache(Dataset):
                 found = "is missing" if size is None else f"has {size} bytes"
                 raise UserError(f"{path} {found}, the manifest says {expected}: {REBUILD}")
             try:
-                missing = keys - set(self._shard(name).keys())
+                shard = self._shard(name)
+                present = set(shard.keys())
+                missing = {key for s in samples for key in (s["key"], text_key(s["caption"]))} - present
+                if missing:
+                    raise UserError(f"{path} lacks {min(missing)!r}: {REBUILD}")
+                for sample in samples:
+                    stored = shard.get_slice(sample["key"])
+                    shape, dtype = stored.get_shape(), stored.get_dtype()
+                    if shape != sample["shape"] or dtype != "BF16":
+                        raise UserError(
+                            f"{path}: sample {sample['sample_id']!r} is {dtype} {shape}, samples.jsonl says BF16 "
+                            f"{sample['shape']}: {REBUILD}"
+                        )
             except (SafetensorError, OSError) as error:
                 raise UserError(f"{path} is damaged ({error}): {REBUILD}") from None
-            if missing:
-                raise UserError(f"{path} lacks {sorted(missing)[0]!r}: {REBUILD}")
 
     def _shard(self, name: str) -> Any:
         """An open shard; a loader worker opens its own."""

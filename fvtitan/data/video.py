@@ -11,6 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+# Containers that are read; playlists and the like could point to other files.
+FORMATS = "mov,mp4,matroska,webm,avi,mpegts,mpeg,flv,ogg,asf,gif"
+# Seconds. Matroska rounds time stamps to milliseconds, that of the first frame too.
+TIME_TOLERANCE = 1.1e-3
+
 
 class VideoError(Exception):
     """Why a file cannot be used, in words."""
@@ -23,11 +28,13 @@ class VideoLimits:
     max_bytes: int = 4 * 2**30
     max_seconds: float = 3600.0
     max_pixels: int = 8192 * 8192
+    max_frames: int = 2**18
 
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """What a container says about its first video stream. `num_frames` is counted by demuxing, without decoding."""
+    """What a container says about its first video stream: the size as stored (before a rotation that its metadata may ask
+    for) and the exact number of frames, counted by demuxing without decoding."""
 
     width: int
     height: int
@@ -48,7 +55,9 @@ def write_video(path: str | Path, frames: Tensor | np.ndarray, fps: int | Fracti
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp.mp4")
     try:
         with av.open(str(temporary), "w") as container:
-            stream = container.add_stream("libx264", rate=fps, options={"crf": str(crf), "preset": "veryfast"})
+            # x264's macroblock tree now and then gives other bytes, and pixels, for the same frames.
+            options = {"crf": str(crf), "preset": "veryfast", "x264-params": "mbtree=0"}
+            stream = container.add_stream("libx264", rate=fps, options=options)
             stream.height, stream.width = video.shape[1:3]
             stream.pix_fmt = "yuv420p"
             stream.thread_count = 1  # several encoder threads cost more than they bring at these sizes
@@ -72,7 +81,7 @@ def _open(path: Path, limits: VideoLimits):
     if size > limits.max_bytes:
         raise VideoError(f"the file has {size} bytes, more than the limit of {limits.max_bytes}")
     try:
-        container = av.open(str(path.resolve()), options={"protocol_whitelist": "file"})
+        container = av.open(str(path.resolve()), options={"protocol_whitelist": "file", "format_whitelist": FORMATS})
     except (av.FFmpegError, OSError) as error:
         raise VideoError(f"damaged or not a video: {error}") from None
     if not container.streams.video:
@@ -100,12 +109,14 @@ def probe_video(path: str | Path, limits: VideoLimits = VideoLimits()) -> VideoI
     container, stream = _open(Path(path), limits)
     with container:
         try:
-            times = [packet.pts for packet in container.demux(stream) if packet.pts is not None]
+            packets = [packet for packet in container.demux(stream) if packet.size]
         except (av.FFmpegError, OSError) as error:
             raise VideoError(f"damaged: {error}") from None
-        base = stream.time_base or Fraction(1, 1)
-        seconds = float((max(times) - min(times)) * base) if times else 0.0
-        return VideoInfo(stream.codec_context.width, stream.codec_context.height, len(times), seconds)
+        shown = [(p.pts if p.pts is not None else p.dts, p.duration or 0) for p in packets]  # some streams have no pts
+        spans = [(start, start + length) for start, length in shown if start is not None]
+        ticks = max(end for _, end in spans) - min(start for start, _ in spans) if spans else 0
+        seconds = float(ticks * (stream.time_base or Fraction(0)))
+        return VideoInfo(stream.codec_context.width, stream.codec_context.height, len(packets), seconds)
 
 
 def read_all_frames(path: str | Path, limits: VideoLimits = VideoLimits()) -> Tensor:  # noqa: B008 (frozen)
@@ -134,8 +145,7 @@ def read_video(
     previous, start, last, interval = None, None, 0.0, 0.0
     for time, frame in _decode(Path(path), limits):
         start = time if start is None else start
-        # Half a tick of tolerance: time stamps are rounded to the container's time base.
-        while previous is not None and len(chosen) < num_frames and len(chosen) / fps < time - start - 0.5e-3:
+        while previous is not None and len(chosen) < num_frames and len(chosen) / fps < time - start - TIME_TOLERANCE:
             chosen.append(_fit(previous, height, width))
         if len(chosen) == num_frames:
             break
@@ -143,7 +153,7 @@ def read_video(
             interval = time - start - last
         previous, last = frame, time - start
     # The last frame stays on screen as long as the one before it did.
-    while previous is not None and len(chosen) < num_frames and len(chosen) / fps < last + interval - 0.5e-3:
+    while previous is not None and len(chosen) < num_frames and len(chosen) / fps < last + interval - TIME_TOLERANCE:
         chosen.append(_fit(previous, height, width))
     if len(chosen) < num_frames:
         raise VideoError(f"too short: {len(chosen)} frames at {fps} fps, {num_frames} are needed")
@@ -165,7 +175,11 @@ def _decode(path: Path, limits: VideoLimits):
                     raise VideoError("a frame has no presentation time")
                 if frame.time > limits.max_seconds + 1:
                     raise VideoError(f"the video lasts more than the limit of {limits.max_seconds:g} s")
+                if frame.is_corrupt:  # decoders conceal damage, and say so here only
+                    raise VideoError(f"damaged: frame {count} cannot be decoded in full")
                 count += 1
+                if count > limits.max_frames:
+                    raise VideoError(f"more frames than the limit of {limits.max_frames}")
                 yield frame.time, frame
         except (av.FFmpegError, OSError) as error:
             raise VideoError(f"damaged after {count} frames: {error}") from None

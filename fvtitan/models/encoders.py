@@ -6,8 +6,10 @@ import hashlib
 import html
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from fvtitan.errors import UserError
@@ -40,6 +42,20 @@ def _component(name: str, *components: str) -> Path:
     return folder
 
 
+def _load(what: str, model_class: Any, folder: Path, **options: Any) -> Any:
+    """A model from safetensors only, with every weight there: the libraries would invent missing or misshapen ones."""
+    options |= {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    try:
+        model, report = model_class.from_pretrained(folder, **options)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"cannot load the {what} from {folder}: {str(error).splitlines()[0]}") from None
+    misshapen = {key[0] for key in report["mismatched_keys"]}
+    for problem, names in (("lacks", set(report["missing_keys"]) - misshapen), ("has the wrong shape for", misshapen)):
+        if names:
+            raise UserError(f"the {what} in {folder} {problem} {len(names)} weights, the first: {min(names)}")
+    return model
+
+
 class TextEncoder:
     """UMT5 as Wan uses it: rows are cut at their true length; whoever feeds a network zero-pads them to its text_len."""
 
@@ -48,6 +64,7 @@ class TextEncoder:
         from transformers.utils import logging
 
         logging.disable_progress_bar()
+        logging.set_verbosity(logging.CRITICAL)  # what is wrong with a model we say ourselves, in one line
         folder = _component(pipeline, "tokenizer", "text_encoder")
         self.device = torch.device(device)
         self.text_len = pipeline_text_len(folder)
@@ -55,9 +72,11 @@ class TextEncoder:
         dtype = dtype or (torch.bfloat16 if self.device.type == "cuda" else torch.float32)
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
-            encoder = UMT5EncoderModel.from_pretrained(folder / "text_encoder", dtype=dtype)
         except (OSError, ValueError) as error:
-            raise UserError(f"cannot load the text encoder of {pipeline!r}: {str(error).splitlines()[0]}") from None
+            raise UserError(
+                f"cannot load the tokenizer from {folder / 'tokenizer'}: {str(error).splitlines()[0]}"
+            ) from None
+        encoder = _load("text encoder", UMT5EncoderModel, folder / "text_encoder", dtype=dtype)
         self.encoder = encoder.to(self.device).eval()
         self._check(pipeline)
 
@@ -77,7 +96,7 @@ class TextEncoder:
 
     def _check(self, pipeline: str) -> None:
         # Some transformers releases loaded UMT5 with an untied, zero embedding: every prompt then looks alike.
-        if not torch.equal(self.encoder.shared.weight, self.encoder.get_input_embeddings().weight):
+        if not torch.equal(self.encoder.shared.weight, self.encoder.encoder.embed_tokens.weight):
             raise UserError(f"{pipeline!r}: the text encoder's embedding is not tied to `shared`; update transformers")
         first, second = self.encode(["a red circle", "the blue sea at night"])
         size = min(len(first), len(second))
@@ -90,13 +109,12 @@ class VideoVAE:
 
     def __init__(self, pipeline: str, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32):
         from diffusers import AutoencoderKLWan
+        from diffusers.utils import logging
 
-        folder = _component(pipeline, "vae")
-        try:
-            # Without the low-memory mode diffusers needs no accelerate; the VAE is small.
-            vae = AutoencoderKLWan.from_pretrained(folder / "vae", torch_dtype=dtype, low_cpu_mem_usage=False)
-        except (OSError, ValueError) as error:
-            raise UserError(f"cannot load the VAE of {pipeline!r}: {str(error).splitlines()[0]}") from None
+        logging.set_verbosity(logging.CRITICAL)
+        folder = _component(pipeline, "vae") / "vae"
+        # Without the low-memory mode diffusers needs no accelerate; the VAE is small.
+        vae = _load("VAE", AutoencoderKLWan, folder, torch_dtype=dtype, low_cpu_mem_usage=False)
         self.vae = vae.to(device).eval().requires_grad_(False)
         self.device, self.dtype = torch.device(device), dtype
         config = self.vae.config

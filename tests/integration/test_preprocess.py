@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
 import os
+import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,8 +16,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from torch.utils.data import DataLoader
 
 from fvtitan import preprocess as pp
 from fvtitan.data import moving_shapes as ms
@@ -23,16 +25,21 @@ from fvtitan.errors import UserError
 from tests.helpers import ROOT
 
 SIZE = {"width": 32, "height": 32, "num_frames": 5}
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 ARGUMENTS = ["--model", "tiny-wan", "--width", "32", "--height", "32", "--num-frames", "5"]
 
 
-def run(data: Path, output: Path, ranks: int = 1, *extra: str) -> subprocess.CompletedProcess:
+def launch(data: Path, output: Path, ranks: int = 1, *extra: str) -> list[str]:
     launcher = [sys.executable, "-m", "fvtitan.preprocess"]
     if ranks > 1:
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "-m"]
         launcher.append("fvtitan.preprocess")
-    command = [*launcher, "--data", str(data), "--output", str(output), *ARGUMENTS, *extra]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    return [*launcher, "--data", str(data), "--output", str(output), *ARGUMENTS, *extra]
+
+
+def run(data: Path, output: Path, ranks: int = 1, *extra: str) -> subprocess.CompletedProcess:
+    command = launch(data, output, ranks, *extra)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=ENVIRONMENT, timeout=300)
 
 
 @pytest.fixture(scope="module")
@@ -77,35 +84,106 @@ def test_a_cache_holds_what_it_should(videos, cache):
 def test_two_ranks_make_the_same_cache(videos, cache, tmp_path):
     done = run(videos, tmp_path / "cache", 2)
     assert done.returncode == 0, done.stderr[-2000:]
-    one, two = content(cache), content(tmp_path / "cache")
-    assert one.keys() == two.keys()
-    for name in one:
-        if name.endswith(".safetensors"):
-            a, b = load_file(cache / name), load_file(tmp_path / "cache" / name)
-            assert all(torch.allclose(a[key].float(), b[key].float(), atol=2e-2) for key in a) and a.keys() == b.keys()
-        else:
-            assert one[name] == two[name], name
+    assert content(tmp_path / "cache") == content(cache)
+
+
+def start(data: Path, output: Path, ranks: int = 1) -> subprocess.Popen:
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    return subprocess.Popen(launch(data, output, ranks), cwd=ROOT, env=ENVIRONMENT, **quiet)
+
+
+def kill(process: subprocess.Popen) -> None:
+    """SIGKILL to the launcher and to its ranks, which live in sessions of their own."""
+    process.send_signal(signal.SIGSTOP)  # no new child from here on
+    stats = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it ended meanwhile
+            stats.append((int(path.parent.name), path.read_text().rpartition(")")[2].split()))
+    ranks = [pid for pid, fields in stats if int(fields[1]) == process.pid]
+    for pid in [process.pid, *ranks]:
+        os.kill(pid, signal.SIGKILL)
+    process.wait()
 
 
 def test_a_killed_run_goes_on_where_it_stopped(videos, cache, tmp_path):
     output = tmp_path / "cache"
-    command = [sys.executable, "-m", "fvtitan.preprocess", "--data", str(videos), "--output", str(output), *ARGUMENTS]
-    process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
+    process = start(videos, output)
     first = output / "shard-00000.safetensors.jsonl"
     while not first.is_file():
         assert process.poll() is None
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    kill(process)
     with pytest.raises(UserError, match="is not finished"):
         LatentCache(output)
+    (output / ".shard-00001.safetensors.1.tmp").write_bytes(b"half a shard")
     kept = first.stat().st_mtime_ns
-    pp.preprocess(pp.PreprocessConfig(str(videos), "tiny-wan", str(output), **SIZE))
+    config = pp.PreprocessConfig(str(videos), "tiny-wan", str(output), **SIZE)
+    pp.preprocess(config)
     assert first.stat().st_mtime_ns == kept
-    assert (output / "samples.jsonl").read_bytes() == (cache / "samples.jsonl").read_bytes()
-    assert LatentCache(output).fingerprint == LatentCache(cache).fingerprint
-    for a, b in zip(LatentCache(output), LatentCache(cache), strict=False):
-        assert torch.equal(a["latents"], b["latents"])
+    assert content(output) == content(cache)  # nothing else lies there either
+
+
+def test_a_shard_that_is_no_longer_whole_is_made_again(videos, cache, tmp_path):
+    output = shutil.copytree(cache, tmp_path / "cache")
+    (output / "manifest.json").unlink()
+    shard = output / "shard-00001.safetensors"
+    shard.write_bytes(shard.read_bytes()[:1000])
+    (output / "shard-00002.safetensors").unlink()
+    kept = (output / "shard-00000.safetensors").stat().st_mtime_ns
+    pp.preprocess(pp.PreprocessConfig(str(videos), "tiny-wan", str(output), **SIZE))
+    assert content(output) == content(cache) and (output / "shard-00000.safetensors").stat().st_mtime_ns == kept
+
+
+def test_killed_before_and_between_the_first_files(videos, cache, tmp_path):
+    for name in ("contract", "overwrite"):
+        output = tmp_path / name
+        config = pp.PreprocessConfig(str(videos), "tiny-wan", str(output), **SIZE)
+        if name == "contract":  # killed while the very first file was being written
+            output.mkdir()
+            (output / ".contract.json.77.tmp").write_text("{")
+            pp.preprocess(config)
+        else:  # killed in the middle of --overwrite's removal
+            shutil.copytree(cache, output)
+            (output / "manifest.json").unlink()
+            (output / "shard-00001.safetensors").unlink()
+            pp.preprocess(dataclasses.replace(config, overwrite=True))
+        assert content(output) == content(cache)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_killed_at_any_moment(videos, cache, tmp_path, ranks):
+    output = tmp_path / "cache"
+    delays = random.Random(ranks)
+    for _ in range(12):
+        process = start(videos, output, ranks)
+        time.sleep(delays.uniform(1.5, 9))
+        finished = process.poll() == 0
+        if not finished:
+            kill(process)
+        if (output / "manifest.json").is_file():
+            break
+        with pytest.raises(UserError):
+            LatentCache(output)
+    done = run(videos, output, ranks)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert content(output) == content(cache)
+
+
+def test_a_source_of_the_same_size_is_noticed(tmp_path):
+    data, output = tmp_path / "data", tmp_path / "cache"
+    ms.render_dataset(data, 3, num_frames=5, height=32, width=32)
+    config = pp.PreprocessConfig(str(data), "tiny-wan", str(output), **SIZE)
+    pp.preprocess(config)
+    shutil.move(data, tmp_path / "moved")  # the same content elsewhere is the same data
+    pp.preprocess(dataclasses.replace(config, data=str(tmp_path / "moved")))
+    video = next((tmp_path / "moved").rglob("*.mp4"))
+    video.write_bytes(video.read_bytes()[:-1] + b"?")
+    with pytest.raises(UserError, match="data: other videos or captions than those in --data now"):
+        pp.preprocess(dataclasses.replace(config, data=str(tmp_path / "moved")))
+    (output / "contract.json").write_text("{")
+    with pytest.raises(UserError, match="contract.json is damaged .* --overwrite"):
+        pp.preprocess(dataclasses.replace(config, data=str(tmp_path / "moved")))
 
 
 def test_finished_other_contract_and_overwrite(videos, cache, tmp_path, capsys):
@@ -113,19 +191,19 @@ def test_finished_other_contract_and_overwrite(videos, cache, tmp_path, capsys):
     pp.preprocess(config)
     assert "finished before, nothing to do" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"size\.fps is 16 there and 8 now"):
-        pp.preprocess(pp.dataclasses.replace(config, fps=8))
+        pp.preprocess(dataclasses.replace(config, fps=8))
     with pytest.raises(UserError, match="negative_prompt is"):
-        pp.preprocess(pp.dataclasses.replace(config, negative_prompt="blurry"))
+        pp.preprocess(dataclasses.replace(config, negative_prompt="blurry"))
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/thesis.txt").write_text("x")
     with pytest.raises(UserError, match="exists and is not a cache of ours"):
-        pp.preprocess(pp.dataclasses.replace(config, output=str(tmp_path / "mine"), overwrite=True))
+        pp.preprocess(dataclasses.replace(config, output=str(tmp_path / "mine"), overwrite=True))
     assert (tmp_path / "mine/thesis.txt").exists()
     small = tmp_path / "few"
     ms.render_dataset(small, 2, num_frames=5, height=32, width=32)
     first = pp.PreprocessConfig(str(small), "tiny-wan", str(tmp_path / "c"), **SIZE)
     pp.preprocess(first)
-    pp.preprocess(pp.dataclasses.replace(first, num_frames=1, overwrite=True))
+    pp.preprocess(dataclasses.replace(first, num_frames=1, overwrite=True))
     assert LatentCache(tmp_path / "c")[0]["latents"].shape[0] == 1
 
 
@@ -137,10 +215,16 @@ def bad_folder(folder: Path) -> dict[str, str]:
     write_video(outside, clip, fps=16)
     for name in ("good.mp4", "long caption.mp4", "captionless.mp4", "blank.mp4", "number.mp4", "unlisted.mp4"):
         write_video(folder / name, clip, fps=16)
+    for name in ("unlisted2.mp4", "unlisted3.mp4"):
+        write_video(folder / name, clip, fps=16)
     write_video(folder / "short.mp4", clip[:3], fps=16)
     (folder / "zero.mp4").touch()
     (folder / "damaged.mp4").write_bytes((folder / "good.mp4").read_bytes()[:200])
     (folder / "link.mp4").symlink_to(outside)
+    (folder / "loop.mp4").symlink_to("loop.mp4")
+    (folder / "more").symlink_to(folder.parent)
+    (folder / "notes.txt").write_text("x")
+    (folder / ".hidden.mp4").touch()
     rows = [
         {"file_name": "good.mp4", "caption": "good ü"},
         {"video": "long caption.mp4", "text": "word " * 2000},
@@ -155,10 +239,22 @@ def bad_folder(folder: Path) -> dict[str, str]:
         {"file_name": str(outside), "caption": "x"},
         {"file_name": "http://localhost/x.mp4", "caption": "x"},
         {"file_name": "gone.mp4", "caption": "x"},
+        {"file_name": "loop.mp4", "caption": "x"},
+        {"file_name": "n" * 5000, "caption": "x"},
+        {"file_name": "nul\0.mp4", "caption": "x"},
+        {"file_name": "half\ud800.mp4", "caption": "x"},
+        {"file_name": "unlisted2.mp4", "caption": "half \ud800"},
         {"file_name": "good.mp4", "caption": "again"},
+        {"file_name": ".//good.mp4", "caption": "again"},
+        {"file_name": str(folder / "unlisted3.mp4"), "caption": "inside, but absolute"},
         {"caption": "no file"},
     ]
-    lines = [json.dumps(row).encode() for row in rows] + [b'{"file_name": "a.mp4", "caption": "\xff"}', b"{", b"[1]"]
+    lines = [json.dumps(row).encode() for row in rows] + [
+        b'{"file_name": "a.mp4", "caption": "\xff"}',
+        b"{",
+        b"[1]",
+        b"[" * 100_000,
+    ]
     (folder / "metadata.jsonl").write_bytes(b"\n".join(lines) + b"\n")
     return {
         "captionless.mp4": "no caption",
@@ -169,15 +265,24 @@ def bad_folder(folder: Path) -> dict[str, str]:
         "damaged.mp4": "damaged",
         "link.mp4": "leaves the data folder",
         "../outside.mp4": "leaves the data folder",
-        str(outside): "leaves the data folder",
+        str(outside): "an absolute path",
+        str(folder / "unlisted3.mp4"): "an absolute path",
+        "loop.mp4": "no such file",
+        "n" * 5000: "no such file",
+        "nul\0.mp4": "not a local file name",
+        "half\\ud800.mp4": "the file name is not UTF-8",
+        "unlisted2.mp4": "not Unicode text",
         "http://localhost/x.mp4": "not a local file name",
         "gone.mp4": "no such file",
         "good.mp4": "listed twice",
-        "metadata.jsonl:15": "no file",
-        "metadata.jsonl:16": "not UTF-8",
-        "metadata.jsonl:17": "not JSON",
-        "metadata.jsonl:18": "not a JSON object",
+        "metadata.jsonl:22": "no file",
+        "metadata.jsonl:23": "not UTF-8",
+        "metadata.jsonl:24": "not JSON",
+        "metadata.jsonl:25": "not a JSON object",
+        "metadata.jsonl:26": "not JSON",
         "unlisted.mp4": "not in metadata.jsonl",
+        "notes.txt": "not in metadata.jsonl",
+        "more": "a link to a folder",
     }
 
 
@@ -189,14 +294,17 @@ def test_every_file_is_a_sample_or_has_a_reason(tmp_path):
     pp.preprocess(config)
     skipped = [json.loads(line) for line in (tmp_path / "cache/skipped.jsonl").read_text().splitlines()]
     found = {entry["file"]: entry["reason"] for entry in skipped}
-    assert found.keys() == reasons.keys() and len(skipped) == len(reasons)
+    assert found.keys() == reasons.keys() and len(skipped) == len(reasons) + 1  # good.mp4 is listed three times
     for file, reason in reasons.items():
         assert reason in found[file], (file, found[file])
     data = LatentCache(tmp_path / "cache")
     assert [data[i]["sample_id"] for i in range(len(data))] == ["good.mp4", "long caption.mp4"]
     assert data[0]["caption"] == "good ü" and len(data[1]["prompt_embeds"]) == 32  # cut to text_len
-    strict = pp.dataclasses.replace(config, output=str(tmp_path / "strict"), max_bad_fraction=0.5)
-    with pytest.raises(UserError, match="17 of 19 files cannot be used, more than --max-bad-fraction 0.5"):
+    strict = dataclasses.replace(config, output=str(tmp_path / "strict"), max_bad_fraction=0.5)
+    with pytest.raises(
+        UserError,
+        match="24 of 26 files cannot be used, more than --max-bad-fraction 0.5: see .*skipped.jsonl; the first",
+    ):
         pp.preprocess(strict)
     assert (tmp_path / "strict/skipped.jsonl").is_file()
     with pytest.raises(UserError, match="not finished"):
@@ -206,18 +314,38 @@ def test_every_file_is_a_sample_or_has_a_reason(tmp_path):
 def test_pairs_and_empty_folders(tmp_path):
     clip = ms.render_clip(ms.all_combinations()[0], num_frames=5, height=32, width=32)
     pairs = tmp_path / "pairs"
-    pairs.mkdir()
-    for name in "abc":
+    (pairs / "deep").mkdir(parents=True)
+    for name in ("a", "b", "c", "deep/d", "e", "f"):
         write_video(pairs / f"{name}.mp4", clip, fps=16)
     (pairs / "a.txt").write_text("a caption\n")
     (pairs / "b.txt").write_bytes(b"\xff\xfe")
-    pp.preprocess(pp.PreprocessConfig(str(pairs), "tiny-wan", str(tmp_path / "c"), **SIZE, max_bad_fraction=0.7))
-    assert LatentCache(tmp_path / "c")[0]["caption"] == "a caption"
-    skipped = (tmp_path / "c/skipped.jsonl").read_text()
-    assert "b.txt is not UTF-8" in skipped and "c.txt does not exist" in skipped
+    (pairs / "deep/d.txt").write_text("\ufeffline\u2028separated", encoding="utf-8")
+    (pairs / "e.txt").write_text(" \n")
+    (tmp_path / "secret.txt").write_text("secret")
+    (pairs / "f.txt").symlink_to(tmp_path / "secret.txt")
+    (pairs / "lost.txt").write_text("no video here")
+    (pairs / "cover.jpg").touch()
+    output = pairs / "cache"  # inside of the folder it is made from
+    config = pp.PreprocessConfig(str(pairs), "tiny-wan", str(output), **SIZE, max_bad_fraction=5 / 7)
+    pp.preprocess(config)
+    data = LatentCache(output)
+    assert [data[i]["caption"] for i in range(len(data))] == ["a caption", "line\u2028separated"]
+    skipped = [json.loads(line) for line in (output / "skipped.jsonl").read_text().splitlines()]
+    assert {entry["file"]: entry["reason"] for entry in skipped} == {
+        "b.mp4": "the caption b.txt is not UTF-8",
+        "c.mp4": "no caption: c.txt does not exist",
+        "e.mp4": "the caption is empty",
+        "f.mp4": "the caption f.txt leaves the data folder",
+        "lost.txt": "a caption without a video",
+        "cover.jpg": "not a video (one of .mp4, .mov, .mkv, .webm, .avi, .m4v)",
+    }
+    assert (data.manifest["num_samples"], data.manifest["num_skipped"], data.manifest["num_ignored"]) == (2, 5, 1)
+    pp.preprocess(config)  # its own files are no news
+    with pytest.raises(UserError, match="5 of 7 files cannot be used, more than --max-bad-fraction 0.7"):
+        pp.preprocess(dataclasses.replace(config, output=str(tmp_path / "d"), max_bad_fraction=0.7))
     (tmp_path / "nothing").mkdir()
     with pytest.raises(UserError, match="no videos in it"):
-        pp.preprocess(pp.PreprocessConfig(str(tmp_path / "nothing"), "tiny-wan", str(tmp_path / "d"), **SIZE))
+        pp.preprocess(pp.PreprocessConfig(str(tmp_path / "nothing"), "tiny-wan", str(tmp_path / "e"), **SIZE))
 
 
 def test_program_errors_are_one_line(videos, tmp_path):
@@ -230,62 +358,9 @@ def test_program_errors_are_one_line(videos, tmp_path):
         assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1, done.stderr
 
 
-def damaged(cache: Path, tmp_path: Path) -> Path:
-    import shutil
-
-    return shutil.copytree(cache, tmp_path / "copy")
-
-
-def test_damage_is_found_and_named(cache, tmp_path):
-    copy = damaged(cache, tmp_path)
-    shard = copy / "shard-00001.safetensors"
-    whole = shard.read_bytes()
-    shard.write_bytes(whole[:-10])
-    with pytest.raises(UserError, match=r"shard-00001.safetensors has \d+ bytes, the manifest says"):
-        LatentCache(copy)
-    shard.write_bytes(b"\xff" * 64 + whole[64:])
-    with pytest.raises(UserError, match="shard-00001.safetensors is damaged"):
-        LatentCache(copy)
-    shard.unlink()
-    with pytest.raises(UserError, match="shard-00001.safetensors is missing"):
-        LatentCache(copy)
-    shard.write_bytes(whole)
-    manifest = (copy / "manifest.json").read_text()
-    (copy / "manifest.json").write_text(manifest[:100])
-    with pytest.raises(UserError, match=r"manifest.json is damaged"):
-        LatentCache(copy)
-    (copy / "manifest.json").write_text(manifest.replace('"format_version": 1', '"format_version": 9'))
-    with pytest.raises(UserError, match="format 9, this version reads 1"):
-        LatentCache(copy)
-    (copy / "manifest.json").write_text(manifest)
-    lines = (copy / "samples.jsonl").read_text().splitlines()
-    (copy / "samples.jsonl").write_text("\n".join(lines[:-1]) + "\n")
-    with pytest.raises(UserError, match="has 139 samples, the manifest says 140"):
-        LatentCache(copy)
-    with pytest.raises(UserError, match="does not exist"):
-        LatentCache(tmp_path / "none")
-
-
-def test_bad_values_name_the_sample(cache, tmp_path):
-    copy = damaged(cache, tmp_path)
-    shard = copy / "shard-00002.safetensors"
-    tensors = load_file(shard)
-    tensors["latents.00003"][0, 0, 0, 0] = float("nan")
-    save_file(tensors, shard)
-    data = LatentCache(copy)
-    sample_id = data.samples[128 + 3]["sample_id"]
-    with pytest.raises(UserError, match=f"latents of sample '{sample_id}' hold NaN or Inf"):
-        data[128 + 3]
-    data.samples[0]["shape"] = [1, 1, 1, 1]
-    with pytest.raises(UserError, match=r"has shape \[2, 16, 4, 4\]"):
-        data[0]
-
-
-@pytest.mark.parametrize("context", ["fork", "spawn"])
-def test_loader_workers_read_it(cache, context):
-    data = LatentCache(cache)
-    expected = [data[i]["latents"] for i in range(0, 140, 10)]
-    loader = DataLoader(
-        data, sampler=range(0, 140, 10), batch_size=None, num_workers=2, multiprocessing_context=context
-    )
-    assert all(torch.equal(a, b["latents"]) for a, b in zip(expected, loader, strict=True))
+def test_help_names_every_option():
+    command = [sys.executable, "-m", "fvtitan.preprocess", "--help"]
+    text = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    names = {f.name for f in dataclasses.fields(pp.PreprocessConfig)} - {"limits"}
+    names |= {f.name for f in dataclasses.fields(pp.VideoLimits)}
+    assert all(f"--{name.replace('_', '-')}" in text for name in names)

@@ -70,6 +70,60 @@ def test_variable_frame_rate(tmp_path):
     assert levels(read_video(tmp_path / "a.mp4", num_frames=9, fps=16, **SIZE)) == expected
 
 
+@pytest.mark.parametrize("fps", [16, 30])
+@pytest.mark.parametrize("delay", [0.0, 0.0104])
+def test_millisecond_time_stamps(tmp_path, fps, delay):
+    # Matroska rounds to milliseconds, the start too: that must not make a frame late for its own slot.
+    with av.open(str(tmp_path / "a.mkv"), "w") as container:
+        stream = container.add_stream("libx264", rate=fps, options={"crf": "10"})
+        stream.width = stream.height = 32
+        stream.pix_fmt = "yuv420p"
+        stream.codec_context.time_base = Fraction(1, 10000)
+        for k, image in enumerate(ramp(33).numpy()):
+            frame = av.VideoFrame.from_ndarray(image, format="rgb24")
+            frame.pts, frame.time_base = round(10000 * (delay + k / fps)), Fraction(1, 10000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    assert levels(read_video(tmp_path / "a.mkv", num_frames=33, fps=fps, **SIZE)) == list(range(33))
+
+
+@pytest.mark.parametrize(("name", "codec"), [("a.avi", "mpeg4"), ("a.webm", "libvpx-vp9"), ("a.mov", "libx264")])
+def test_other_containers(tmp_path, name, codec):
+    with av.open(str(tmp_path / name), "w") as container:
+        stream = container.add_stream(codec, rate=16)
+        stream.width = stream.height = 32
+        stream.pix_fmt = "yuv420p"
+        for image in ramp(12, step=9).numpy():
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        container.mux(stream.encode())
+    assert levels(read_video(tmp_path / name, num_frames=9, fps=16, **SIZE), step=9) == list(range(9))
+    info = probe_video(tmp_path / name)
+    assert info.num_frames == 12 and info.seconds == pytest.approx(0.75, abs=0.07)
+
+
+# The 16.16 matrix of an mp4 track header: (a, b, c, d), as phones write it.
+@pytest.mark.parametrize(
+    ("matrix", "side"), [((0, 1, -1, 0), "top"), ((0, -1, 1, 0), "bottom"), ((-1, 0, 0, -1), "right")]
+)
+def test_rotation_metadata_is_honoured(tmp_path, matrix, side):
+    frames = ramp(5, 32, 64, step=0)
+    frames[:, :, :32] = 240  # bright on the left as stored
+    write_video(tmp_path / "a.mp4", frames, fps=16)
+    content = bytearray((tmp_path / "a.mp4").read_bytes())
+    start = content.index(b"tkhd") + 4 + 4 + 20 + 16  # version and flags, times and ids, layer to volume
+    identity = b"".join(v.to_bytes(4, "big", signed=True) for v in (0x10000, 0, 0, 0, 0x10000))
+    assert content[start : start + 20] == identity
+    a, b, c, d = (0x10000 * v for v in matrix)
+    content[start : start + 20] = b"".join(v.to_bytes(4, "big", signed=True) for v in (a, b, 0, c, d))
+    (tmp_path / "a.mp4").write_bytes(content)
+    shape = (32, 64) if side == "right" else (64, 32)
+    read = read_video(tmp_path / "a.mp4", num_frames=5, fps=16, height=shape[0], width=shape[1])
+    assert read.shape == (5, *shape, 3)
+    halves = {"top": read[:, :28], "bottom": read[:, -28:], "right": read[:, :, -28:]}
+    assert float(halves[side].float().mean()) > 220 and float(read.float().mean()) < 140
+    assert read_all_frames(tmp_path / "a.mp4").shape == (5, *shape, 3)
+
+
 def test_resize_covers_and_crops_the_centre(tmp_path):
     frames = ramp(5, 64, 128, step=0)
     frames[:, :, :32], frames[:, :, 96:] = 250, 250  # the sides, which a square crop leaves out
@@ -122,12 +176,41 @@ def test_unusable_files_have_a_reason(tmp_path):
             read_video(name, num_frames=9, fps=16, **SIZE)
 
 
+def test_a_damaged_picture_is_not_taken_for_a_good_one(tmp_path):
+    noise = torch.from_numpy(np.random.RandomState(0).randint(0, 255, (33, 64, 64, 3), np.uint8))
+    write_video(tmp_path / "a.mp4", noise, 16)
+    content, random = (tmp_path / "a.mp4").read_bytes(), np.random.RandomState(1)
+    begin = content.index(b"mdat") + 1000
+    found = 0
+    for _ in range(20):
+        damaged = bytearray(content)
+        for position in random.randint(begin, len(content) // 2, 20):
+            damaged[position] ^= 0x55
+        (tmp_path / "b.mp4").write_bytes(damaged)
+        try:
+            read_video(tmp_path / "b.mp4", num_frames=33, fps=16, height=64, width=64)
+        except VideoError as error:
+            assert "damaged" in str(error)
+            found += 1
+    assert found >= 18  # a few bits can change a picture without breaking the syntax
+
+
+def test_playlists_are_no_videos(tmp_path):
+    write_video(tmp_path / "a.mp4", ramp(9), fps=16)
+    (tmp_path / "concat.mp4").write_text("ffconcat version 1.0\nfile a.mp4\n")
+    (tmp_path / "hls.mp4").write_text("#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\na.mp4\n#EXT-X-ENDLIST\n")
+    for name in ("concat.mp4", "hls.mp4"):
+        with pytest.raises(VideoError, match="damaged or not a video"):
+            read_video(tmp_path / name, num_frames=9, fps=16, **SIZE)
+
+
 @pytest.mark.parametrize(
     ("limits", "reason"),
     [
         (VideoLimits(max_bytes=100), "bytes, more than the limit of 100"),
         (VideoLimits(max_seconds=0.5), r"lasts 1\.\d s, more than the limit of 0.5 s"),
         (VideoLimits(max_pixels=1000), "1024 pixels, more than the limit of 1000"),
+        (VideoLimits(max_frames=5), "more frames than the limit of 5"),
     ],
 )
 def test_limits(tmp_path, limits, reason):
