@@ -6,6 +6,7 @@ torchrun --nproc_per_node=2 train.py --job.config_file FILE [--section.key value
 python train.py --job.config_file FILE
 """
 
+import contextlib
 import gc
 import json
 import sys
@@ -19,16 +20,24 @@ from fvtitan.components.checkpoint import Checkpointer, TrainState
 from fvtitan.components.ema import EMA
 from fvtitan.components.files import write_atomic
 from fvtitan.components.metrics import MetricLogger
-from fvtitan.components.rng import fold
+from fvtitan.components.rng import seed_global_generators
 from fvtitan.components.validation import Validator
 from fvtitan.config import load_config
 from fvtitan.data.dataloader import BatchStream
 from fvtitan.data.prepare import prepare_data
 from fvtitan.distributed.mesh import build_mesh
-from fvtitan.distributed.utils import clip_grad_norm, init_distributed, log, mean_over_ranks, reshard
+from fvtitan.distributed.utils import (
+    clip_grad_norm,
+    close_distributed,
+    init_distributed,
+    log,
+    mean_over_ranks,
+    reshard,
+)
 from fvtitan.errors import cli
 from fvtitan.methods import METHODS
 from fvtitan.models import build_roles
+from fvtitan.models.wan.attention import pinned_kernels
 
 
 def main() -> None:
@@ -38,14 +47,16 @@ def main() -> None:
 
     # ------------------------------------------------------------- device, process group, mesh, random state
     device = init_distributed(cfg.comm)
-    try:
+    with contextlib.ExitStack() as at_exit:  # what is registered here runs in reverse order, however the run ends
+        at_exit.callback(close_distributed)
         rank, world_size = dist.get_rank(), dist.get_world_size()
         log(f"{cfg.job.description or cfg.job.config_file}: {world_size} x {device.type}, torch {torch.__version__}")
         mesh = build_mesh(cfg, device.type)
-        # Methods draw from named streams only; this seeds what a user's own code may draw from.
-        torch.manual_seed(fold(cfg.training.seed, "torch", rank))
+        seed_global_generators(cfg.training.seed, rank)
         if cfg.training.deterministic:
             torch.use_deterministic_algorithms(True)
+        kernels = at_exit.enter_context(pinned_kernels(cfg.training.deterministic))
+        log(f"attention kernels, the first that can: {kernels}")
         gc.disable()  # collected every training.gc_freq steps, on all ranks together
 
         # ----------------------------------------------------------------------------------------------- data
@@ -75,6 +86,7 @@ def main() -> None:
             num_workers=cfg.data.num_workers,
             pin_memory=device.type == "cuda",
         )
+        at_exit.callback(batches.close)
         ema = EMA(student, cfg.ema) if cfg.ema.enable else None
         train_state = TrainState()
         states = method.checkpoint_state() | {"dataloader": batches, "train_state": train_state}
@@ -89,6 +101,7 @@ def main() -> None:
                 keep_latest_k=cfg.checkpoint.keep_latest_k,
                 async_mode=cfg.checkpoint.async_mode,
             )
+            at_exit.callback(checkpointer.close)
             source = checkpointer.find(cfg.checkpoint)
             if source is not None:
                 method.seed_optimizer_state_for_resume()
@@ -114,6 +127,7 @@ def main() -> None:
             enable_wandb=cfg.metrics.enable_wandb,
             device=device,
         )
+        at_exit.callback(metrics.close)
         metrics.add_text("config", f"```toml\n{cfg.to_toml()}```", train_state.step)
         validator = Validator(cfg, method, metrics, device) if cfg.validation.enable else None
 
@@ -157,25 +171,26 @@ def main() -> None:
             if metrics.due(step):
                 metrics.log_step(step, mean_over_ranks(values, device))
 
+            if checkpointer is not None:
+                checkpointer.maybe_finish()  # an asynchronous save that failed must not go unnoticed
             final = step == cfg.training.steps
             with metrics.meter.excluded():
-                if validator is not None and (final or step % cfg.validation.interval == 0):
-                    validator.run(step, ema, last=final)
                 if checkpointer is not None and (final or step % cfg.checkpoint.interval == 0):
                     versions = {"fvtitan": fvtitan.__version__, "torch": torch.__version__, "world_size": world_size}
                     files = {"config.toml": cfg.to_toml(), "versions.json": json.dumps(versions, indent=2)}
-                    checkpointer.save(step, states, extra_files=files)
+                    checkpointer.save(
+                        step, states, extra_files=files
+                    )  # first: a validation that fails costs no training
+                if validator is not None and (final or step % cfg.validation.interval == 0):
+                    validator.run(step, ema, last=final)
 
         # --------------------------------------------------------------------------------------------- the end
         if checkpointer is not None:
-            checkpointer.close()
-        metrics.close()
+            checkpointer.wait()
         log(f"finished {cfg.training.steps} steps. Look at:")
         log(f"  {dump_folder / 'metrics.jsonl'}  and  tensorboard --logdir {dump_folder / 'tensorboard'}")
         if validator is not None:
             log(f"  {validator.folder / f'step-{cfg.training.steps}'}: videos and contact_sheet.png")
-    finally:
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from fvtitan.errors import UserError, cli, did_you_mean
 from fvtitan.flow_matching import ScheduleConfig
 from fvtitan.methods import METHODS
 from fvtitan.methods.base import MethodConfig
+from fvtitan.models.blocks import CausalConfig
 
 
 def _require(condition: bool, message: str) -> None:
@@ -83,14 +84,25 @@ class LRSchedulerOverrides:
 class RoleConfig:
     """[models.<role>]: one network of the run. Roles: student, and what the method asks for (teacher, critic)."""
 
-    name: Literal["wan"] = "wan"
-    """Model family."""
+    name: Literal["wan", "wan_causal"] = "wan"
+    """wan: every frame sees all frames. wan_causal: the same network and weights, seeing time in blocks."""
     flavor: str = ""
     """Sizes by name: tiny, 1.3B, 14B. Empty: the sizes of `init_from`."""
     init_from: str = ""
     """Initial weights: a folder in diffusers layout, a hub id, or "tiny-wan" (the shipped one). Empty: random."""
     trainable: bool = True
     """Whether this role is trained."""
+    frames_per_block: int = 0
+    """wan_causal: latent frames of a block (Self-Forcing: 3)."""
+    independent_first_frame: bool = False
+    """wan_causal: the first block is one latent frame."""
+    local_attn_frames: int = -1
+    """wan_causal: latent frames that a block sees, measured from its end, its own included; -1: all."""
+    sink_frames: int = 0
+    """wan_causal: first latent frames of the video that every block sees, beyond the window."""
+    attention_backend: Literal["auto", "sdpa", "flex"] = "auto"
+    """wan_causal, whole videos: sdpa makes one call a block; flex is FlexAttention (no backward on a CPU); auto takes flex on
+    a GPU."""
     optimizer: OptimizerOverrides = field(default_factory=OptimizerOverrides)
     lr_scheduler: LRSchedulerOverrides = field(default_factory=LRSchedulerOverrides)
 
@@ -98,6 +110,34 @@ class RoleConfig:
         _require(
             bool(self.flavor or self.init_from),
             f"models.{role}: give flavor (tiny, 1.3B, 14B), init_from (a folder or hub id), or both",
+        )
+        causal_keys = ("frames_per_block", "independent_first_frame", "local_attn_frames", "sink_frames")
+        if self.name == "wan":
+            for key in (*causal_keys, "attention_backend"):
+                _require(
+                    getattr(self, key) == getattr(RoleConfig, key),
+                    f'models.{role}.{key} = {getattr(self, key)!r} has no effect with name = "wan": remove it, or use '
+                    'name = "wan_causal"',
+                )
+            return
+        _require(
+            self.frames_per_block >= 1,
+            f"models.{role}.frames_per_block = {self.frames_per_block}: wan_causal needs >= 1 (Self-Forcing uses 3)",
+        )
+        _require(
+            self.local_attn_frames == -1 or self.local_attn_frames >= self.frames_per_block,
+            f"models.{role}.local_attn_frames = {self.local_attn_frames}: must be >= frames_per_block "
+            f"({self.frames_per_block}), or -1 for all frames",
+        )
+        _require(
+            self.sink_frames == 0 or (self.sink_frames > 0 and self.local_attn_frames > 0),
+            f"models.{role}.sink_frames = {self.sink_frames}: must be >= 0, and needs local_attn_frames",
+        )
+
+    def causal(self) -> CausalConfig:
+        """How a `wan_causal` role sees time."""
+        return CausalConfig(
+            self.frames_per_block, self.independent_first_frame, self.local_attn_frames, self.sink_frames
         )
 
 
@@ -348,7 +388,8 @@ class JobConfig:
             "comm",
         ):
             getattr(self, section).check()
-        roles = METHODS[self.method.name].roles
+        method = METHODS[self.method.name]
+        roles = method.roles
         for role, model in self.models.items():
             _require(
                 role in roles, f"[models.{role}] is not a role of {self.method.name!r}.{did_you_mean(role, roles)}"
@@ -358,7 +399,22 @@ class JobConfig:
             self.role_lr_scheduler(role).check(f"models.{role}.lr_scheduler")
         for role in roles:
             _require(role in self.models, f"method {self.method.name!r} needs the role {role!r}: add [models.{role}]")
+        _require(
+            self.models["student"].name == method.student_model,
+            f"models.student.name = {self.models['student'].name!r}: method {self.method.name!r} trains a "
+            f"{method.student_model!r} student",
+        )
         self.method.check(self)
+        for role, model in self.models.items():
+            if model.name == "wan_causal":
+                self._check_blocks(role, model)
+
+    def _check_blocks(self, role: str, model: RoleConfig) -> None:
+        frames = (self.data.num_frames - 1) // 4 + 1
+        try:
+            model.causal().blocks(frames)
+        except UserError as error:
+            raise UserError(f"data.num_frames = {self.data.num_frames}, models.{role}: {error}") from None
 
     def check_world(self, world_size: int) -> None:
         """Degrees and batch sizes against the number of processes."""

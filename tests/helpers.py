@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import runpy
 import sys
@@ -10,21 +11,30 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from fvtitan.config import JobConfig, load_config
+from fvtitan.components.rng import generator
+from fvtitan.config import JobConfig, RoleConfig, load_config
 from fvtitan.data.latent_cache import FORMAT_VERSION, fingerprint, stack_text, text_key
+from fvtitan.flow_matching import ScheduleConfig
+from fvtitan.models.wan.model import WanCausalModel, WanModel
+from fvtitan.models.wan.transformer import WanConfig, WanTransformer, init_parameter
 
 ROOT = Path(__file__).parents[1]
 GEOMETRY = {"num_frames": 9, "height": 32, "width": 32, "fps": 16}
 
 
-def make_cache(folder: Path, num_samples: int = 12, *, text_dim: int = 64, seed: int = 0) -> Path:
-    """A latent cache of random latents [3, 16, 4, 4] and embeddings, as preprocess would have written it."""
+def make_cache(
+    folder: Path, num_samples: int = 12, *, text_dim: int = 64, seed: int = 0, num_portrait: int = 0
+) -> Path:
+    """A latent cache of random latents [3, 16, 4, 4] and embeddings, as preprocess would have written it.
+
+    The first `num_portrait` samples are [3, 16, 6, 4]: a second shape bucket.
+    """
     folder.mkdir(parents=True)
     rng = torch.Generator().manual_seed(seed)
     tensors, samples, name = {}, [], "shard-00000.safetensors"
     for i in range(num_samples):
-        caption = f"caption {i}"
-        tensors[f"latents.{i:05d}"] = torch.randn(3, 16, 4, 4, generator=rng).bfloat16()
+        caption, shape = f"caption {i}", [3, 16, 6 if i < num_portrait else 4, 4]
+        tensors[f"latents.{i:05d}"] = torch.randn(shape, generator=rng).bfloat16()
         tensors[text_key(caption)] = torch.randn(3 + i % 5, text_dim, generator=rng).bfloat16()
         samples.append(
             {
@@ -32,7 +42,7 @@ def make_cache(folder: Path, num_samples: int = 12, *, text_dim: int = 64, seed:
                 "caption": caption,
                 "shard": name,
                 "key": f"latents.{i:05d}",
-                "shape": [3, 16, 4, 4],
+                "shape": shape,
                 "source_sha256": f"{i}-{seed}",
             }
         )
@@ -50,6 +60,39 @@ def make_cache(folder: Path, num_samples: int = 12, *, text_dim: int = 64, seed:
     }
     (folder / "manifest.json").write_text(json.dumps(manifest))
     return folder
+
+
+SMALL = WanConfig(num_layers=2, num_heads=4, head_dim=32, ffn_dim=192, text_dim=48, text_len=20, freq_dim=64)
+
+
+def random_transformer(sizes: WanConfig = SMALL, dtype: torch.dtype = torch.float32, seed: int = 0) -> WanTransformer:
+    """A transformer as training initialises it, but with biases, and an output projection that is not zero: its outputs
+    are of order one and depend on everything."""
+    transformer = WanTransformer(sizes)
+    with torch.no_grad():
+        for name, parameter in transformer.named_parameters():
+            value = init_parameter(name, parameter.shape, sizes, functools.partial(generator, "cpu", seed))
+            if value.ndim == 1 or name == "head.head.weight":
+                value = value + 0.1 * torch.randn(value.shape, generator=generator("cpu", seed, "extra", name))
+            parameter.copy_(value)
+    return transformer.to(dtype)
+
+
+def causal_model(transformer: WanTransformer, frames_per_block: int = 3, **keys: object) -> WanCausalModel:
+    """The causal role around a transformer; `keys` of `RoleConfig`."""
+    role = RoleConfig(name="wan_causal", flavor="tiny", frames_per_block=frames_per_block, **keys)
+    role.check("student")
+    return WanCausalModel(transformer, role, **common(transformer))
+
+
+def bidirectional_model(transformer: WanTransformer) -> WanModel:
+    """The bidirectional role around the same transformer."""
+    return WanModel(transformer, RoleConfig(flavor="tiny"), **common(transformer))
+
+
+def common(transformer: WanTransformer) -> dict[str, object]:
+    dtype = transformer.patch_embedding.weight.dtype
+    return {"dtype": dtype, "trainable": True, "schedule": ScheduleConfig(shift=5.0), "device": torch.device("cpu")}
 
 
 def small_arguments(cache: Path, dump_folder: Path, **overrides: object) -> list[str]:
@@ -74,6 +117,16 @@ def small_arguments(cache: Path, dump_folder: Path, **overrides: object) -> list
         **overrides,
     }
     return [word for key, value in settings.items() for word in (f"--{key.replace('__', '.')}", str(value))]
+
+
+def causal_recipe(folder: Path, frames_per_block: int = 1) -> Path:
+    """A TOML file, written into `folder`, of a tiny causal student trained by diffusion forcing."""
+    path = folder / "causal.toml"
+    path.write_text(
+        f'[models.student]\nflavor = "tiny"\nname = "wan_causal"\nframes_per_block = {frames_per_block}\n'
+        '[method]\nname = "dfsft"\n'
+    )
+    return path
 
 
 def small_config(cache: Path, dump_folder: Path, **overrides: object) -> JobConfig:

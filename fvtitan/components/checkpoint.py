@@ -193,7 +193,9 @@ class Checkpointer:
             pending.result()
 
     def close(self) -> None:
-        """Wait for the background write and free the staging memory. Call before the process group is destroyed."""
+        """Wait for the background write, free the staging memory and end the own process group, whose threads would
+        otherwise take the GIL of an interpreter that is shutting down, which aborts the process. Call before the
+        default process group is destroyed."""
         try:
             self.wait()
         finally:
@@ -201,6 +203,9 @@ class Checkpointer:
                 self._executor.shutdown()
                 self._stager.close()
                 self._executor = self._stager = None
+            if self._group is not None:
+                dist.destroy_process_group(self._group)
+                self._group = None
 
     def _write(
         self, step: int, tensors: dict[str, Tensor], plain: dict[str, Any], extra: dict[str, str], started: float
@@ -555,6 +560,34 @@ def _read_manifest(path: Path) -> dict[str, tuple[int, str]]:
     if lacking := {".metadata", "state.json"} - files.keys():
         raise DamagedCheckpoint(f"damaged checkpoint {path}: manifest.json lacks {', '.join(sorted(lacking))}")
     return files
+
+
+def read_tensors(path: str | Path, prefix: str) -> dict[str, Tensor]:
+    """The tensors of one state (`roles.student.transformer`, `ema.student`), full, by the names below `prefix`; {} when the
+    checkpoint holds no such state. For one process that needs no run: scoring, building, exporting.
+
+    Raises `UserError` when there is no checkpoint, `DamagedCheckpoint` when a file is not what was written.
+    """
+    path = Path(path)
+    files = _read_manifest(path)
+    for name, (size, digest) in files.items():
+        if not (path / name).is_file() or (path / name).stat().st_size != size or _sha256(path / name) != digest:
+            raise DamagedCheckpoint(f"damaged checkpoint {path}: {name} is missing or has changed since it was written")
+    saved, _ = _read_index(path, files)
+    wanted = {
+        key: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for key, entry in saved.items()
+        if key.startswith(f"{prefix}.")
+    }
+    if wanted:
+        with _dcp_errors(f"cannot read {path}", path), _quiet():
+            dcp.load(
+                wanted,
+                storage_reader=_Reader(path, files),
+                planner=_Planner(flatten_state_dict=False, flatten_sharded_tensors=False),
+                no_dist=True,
+            )
+    return {key.removeprefix(f"{prefix}."): tensor for key, tensor in wanted.items()}
 
 
 def _is_complete(path: Path) -> bool:

@@ -37,6 +37,9 @@ class OptimizerConfig:
             raise UserError(f"{section}: eps = {self.eps} must be > 0 and weight_decay = {self.weight_decay} >= 0")
 
 
+OPTIMIZERS = {"AdamW": torch.optim.AdamW}
+
+
 def has_weight_decay(name: str, parameter: nn.Parameter) -> bool:
     """Matrices decay; norms, biases and modulation tables do not."""
     return parameter.ndim >= 2 and not name.endswith("modulation")
@@ -49,7 +52,7 @@ def build_optimizer(module: nn.Module, cfg: OptimizerConfig) -> torch.optim.Adam
         {"params": [p for n, p in trainable if has_weight_decay(n, p)], "weight_decay": cfg.weight_decay},
         {"params": [p for n, p in trainable if not has_weight_decay(n, p)], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(
+    return OPTIMIZERS[cfg.name](
         [group for group in groups if group["params"]],
         lr=cfg.lr,
         betas=cfg.betas,

@@ -6,6 +6,7 @@ Noise, clips and noise levels are fixed by the seed alone, so numbers are compar
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +26,9 @@ from fvtitan.data.latent_cache import LatentCache
 from fvtitan.errors import UserError
 from fvtitan.flow_matching import sample_sigma
 from fvtitan.methods.base import TrainingMethod
+from fvtitan.models.base import ModelBase
 from fvtitan.models.encoders import TextEncoder, VideoVAE
+from fvtitan.samplers import SamplerSpec
 
 if TYPE_CHECKING:
     from fvtitan.config import JobConfig
@@ -55,6 +58,18 @@ def read_prompts(source: str) -> list[str]:
     if not prompts:
         raise UserError(f"validation.prompts = {source!r}: the file has no prompts")
     return prompts
+
+
+def fixed_noise(seed: int, indices: Sequence[int], shape: Sequence[int]) -> Tensor:
+    """The noise `[len(indices), *shape]` that validation gives to its videos number `indices`."""
+    return torch.stack([torch.randn(shape, generator=generator("cpu", seed, "validation", i)) for i in indices])
+
+
+def sample_latents(model: ModelBase, spec: SamplerSpec, prompt_embeds: Sequence[Tensor], noise: Tensor) -> Tensor:
+    """Latents `[B, T, C, H, W]` of the prompts from `noise`, as `spec` says."""
+    cond = model.conditioning(prompt_embeds)
+    uncond = model.unconditional(len(prompt_embeds)) if spec.guidance_scale != 1 else None
+    return samplers.sample(model, spec, noise.to(model.device), cond, uncond)
 
 
 class Validator:
@@ -134,16 +149,12 @@ class Validator:
         return [batches[i] if i < len(batches) else [] for i in range(self.rank, rounds * self.world, self.world)]
 
     def _sample(self, num_videos: int) -> list[_Sample]:
-        spec, student, seed = self.method.sampler(), self.method.student, self.cfg.training.seed
+        spec, student, seed = self.method.sampler(self.cfg), self.method.student, self.cfg.training.seed
         samples = []
         for batch in self._batches(num_videos):
             indices = batch or [0]
-            noise = torch.stack(
-                [torch.randn(self.latent_shape, generator=generator("cpu", seed, "validation", i)) for i in indices]
-            ).to(self.device)
-            cond = student.conditioning([self.embeds[i % len(self.embeds)] for i in indices])
-            uncond = student.unconditional(len(indices)) if spec.guidance_scale != 1 else None
-            latents = samplers.sample(student, spec, noise, cond, uncond)
+            prompts = [self.embeds[i % len(self.embeds)] for i in indices]
+            latents = sample_latents(student, spec, prompts, fixed_noise(seed, indices, self.latent_shape))
             for i, latent in zip(batch, latents, strict=False):  # an empty batch ran for company only
                 frames = to_uint8(self.vae.decode(latent[None])[0])
                 samples.append(_Sample(i, self.prompts[i % len(self.prompts)], frames))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import os
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -41,6 +42,14 @@ def init_distributed(cfg: CommConfig) -> torch.device:
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     return device
+
+
+def close_distributed() -> None:
+    """End the process group, so that the process can exit."""
+    dist.destroy_process_group()
+    # gloo's threads outlive it, and need the GIL to let go of the last collective's tensors. A thread that asks for it when
+    # the interpreter is already shutting down aborts the process ("terminate called without an active exception").
+    time.sleep(0.1)
 
 
 def world_size_from_environment() -> int:

@@ -47,6 +47,8 @@ class TrainingMethod(nn.Module, ABC):
 
     Config: ClassVar[type[MethodConfig]] = MethodConfig
     roles: ClassVar[tuple[str, ...]] = ("student",)
+    student_model: ClassVar[str] = "wan"
+    """The student's `models.student.name`."""
 
     def __init__(self, *, cfg: JobConfig, role_models: dict[str, ModelBase]):
         super().__init__()
@@ -88,10 +90,11 @@ class TrainingMethod(nn.Module, ABC):
         """The modules whose gradients are clipped together after a phase."""
         return [self.role_modules[role]]
 
-    def sampler(self) -> SamplerSpec:
-        """How the student must be sampled: by Euler steps on the run's own schedule, with guidance."""
-        validation = self.cfg.validation
-        sigmas = flow_matching.euler_ladder(validation.sampling_steps, self.cfg.schedule.shift)
+    @classmethod
+    def sampler(cls, cfg: JobConfig) -> SamplerSpec:
+        """How a student trained with `cfg` must be sampled: by Euler steps on the run's own schedule, with guidance."""
+        validation = cfg.validation
+        sigmas = flow_matching.euler_ladder(validation.sampling_steps, cfg.schedule.shift)
         return SamplerSpec(sigmas=tuple(sigmas), guidance_scale=validation.guidance_scale)
 
     def heldout_loss(self, x0: Tensor, noise: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:

@@ -8,12 +8,12 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from fvtitan.models.base import ModelBase
-from fvtitan.models.wan.model import WanModel
+from fvtitan.models.wan.model import WanCausalModel, WanModel
 
 if TYPE_CHECKING:
     from fvtitan.config import JobConfig
 
-MODELS: dict[str, type[WanModel]] = {"wan": WanModel}
+MODELS: dict[str, type[WanModel]] = {"wan": WanModel, "wan_causal": WanCausalModel}
 
 
 def build_roles(cfg: JobConfig, mesh: DeviceMesh, device: torch.device) -> dict[str, ModelBase]:

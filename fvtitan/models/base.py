@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from fvtitan import flow_matching
 from fvtitan.flow_matching import ScheduleConfig
+from fvtitan.models.blocks import CausalConfig
+from fvtitan.models.kv_cache import KVCache
 
 if TYPE_CHECKING:
     from fvtitan.config import JobConfig
@@ -24,6 +26,10 @@ class Conditioning:
 
     text: Tensor
     """`[B, text_len, text_dim]`, zero-padded."""
+
+    def and_then(self, other: Conditioning) -> Conditioning:
+        """Both, one behind the other in the batch: guidance in one pass."""
+        return Conditioning(text=torch.cat([self.text, other.text]))
 
 
 class ModelBase(ABC):
@@ -70,3 +76,34 @@ class ModelBase(ABC):
     def add_noise(self, x0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
         """`(1 - sigma) x0 + sigma eps`."""
         return flow_matching.add_noise(x0, noise, sigma)
+
+
+class CausalModelBase(ModelBase):
+    """A model that sees time in blocks: block-causal over a whole video, or streaming, block by block, over a KV cache."""
+
+    causal: CausalConfig
+
+    @abstractmethod
+    def predict_velocity_with_context(
+        self, noisy: Tensor, sigma: Tensor, clean: Tensor, clean_sigma: Tensor, cond: Conditioning
+    ) -> Tensor:
+        """Teacher forcing: velocity of `noisy`, each block of which sees itself and the clean blocks before it."""
+
+    @abstractmethod
+    def new_cache(self, latent_shape: Sequence[int], *, recycle: bool = False, first_frame: int = 0) -> KVCache:
+        """An empty cache for a rollout of `[B, T, C, H, W]`. There is one a model: it is emptied and returned again as long
+        as the shape is the same, so a new rollout ends the one before. `recycle` (inference) holds no more than a window."""
+
+    @abstractmethod
+    def predict_velocity_streaming(
+        self, noisy_block: Tensor, sigma: Tensor, cond: Conditioning, cache: KVCache, start_frame: int
+    ) -> Tensor:
+        """Velocity `[B, t, C, H, W]` of the block that begins at `start_frame`, given the committed frames. Writes nothing
+        into the cache; with gradient, none flows into it."""
+
+    @abstractmethod
+    def commit(
+        self, block: Tensor, cond: Conditioning, cache: KVCache, start_frame: int, context_noise: float = 0.0
+    ) -> None:
+        """Write the keys and values of a finished block, noised to sigma = `context_noise` by the caller, into the cache;
+        without gradient."""

@@ -11,7 +11,7 @@ from fvtitan.distributed.mesh import build_mesh
 from fvtitan.models import build_roles
 from fvtitan.models.base import Conditioning
 from fvtitan.models.wan import transformer as network
-from tests.helpers import make_cache, small_config
+from tests.helpers import causal_recipe, make_cache, small_config
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def test_sigma_and_rope_arrive_in_float32(student, monkeypatch):
     monkeypatch.setattr(network, "timestep_embedding", lambda t, dim: seen.setdefault("t", t) is None or embed(t, dim))
 
     def spy(module, arguments):
-        seen["x"], seen["modulation"], _, seen["rope"] = arguments
+        seen["x"], seen["modulation"], _, seen["rope"], *_ = arguments
         seen["weight"] = module.ffn[0].weight
 
     student.transformer.blocks[1].register_forward_pre_hook(spy)
@@ -73,6 +73,32 @@ def test_a_step_and_an_ema_swap_reach_a_gathered_student(student):
             averaged = student.predict_velocity(*inputs())
         assert torch.equal(averaged, before)  # the average still is the first model
         assert torch.equal(student.predict_velocity(*inputs()), after)
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("float32", 2e-5), ("bfloat16", 0.1)])
+def test_a_sharded_causal_student_streams(tmp_path, single_process_group, monkeypatch, precision, tolerance):
+    """Under FSDP2 too a stream is the masked forward, its cache has the dtype of the computation, and gradients flow."""
+    keys = {"training__mixed_precision_param": precision, "job__config_file": causal_recipe(tmp_path)}
+    cfg = small_config(make_cache(tmp_path / "cache"), tmp_path, **keys)
+    model = build_roles(cfg, build_mesh(cfg, "cpu"), torch.device("cpu"))["student"]
+    with torch.no_grad():
+        model.transformer.head.head.weight.to_local().normal_(std=0.1, generator=torch.Generator().manual_seed(0))
+    x, sigma, cond = inputs()
+    times = []
+    embed = network.timestep_embedding
+    monkeypatch.setattr(network, "timestep_embedding", lambda t, dim: times.append(t) or embed(t, dim))
+    zeros = torch.zeros(2, 2)
+    with torch.no_grad():
+        masked = model.predict_velocity(x, torch.cat([zeros, sigma[:, 2:]], 1), cond)
+    cache = model.new_cache(x.shape)
+    for frame in (0, 1):
+        model.commit(x[:, frame : frame + 1], cond, cache, frame)
+    assert {tensor.dtype for layer in cache.layers for tensor in vars(layer).values()} == {getattr(torch, precision)}
+    out = model.predict_velocity_streaming(x[:, 2:], sigma[:, 2:], cond, cache, 2)
+    assert out.dtype == torch.float32 and times[-1].eq(937.5).all() and times[-2].eq(0).all()
+    assert masked.abs().max() > 1 and (out - masked[:, 2:]).abs().max() <= tolerance
+    out.square().mean().backward()
+    assert all(parameter.grad.to_local().norm() > 0 for parameter in model.transformer.parameters())
 
 
 @pytest.mark.parametrize("student", ["float32"], indirect=True)

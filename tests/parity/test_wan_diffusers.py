@@ -1,11 +1,13 @@
 """Our transformer and diffusers' are the same function, and the adapter loses nothing."""
 
+import functools
 import json
 
 import pytest
 import torch
 from safetensors import safe_open
 
+from fvtitan.components.rng import generator
 from fvtitan.errors import UserError
 from fvtitan.models.wan import weights
 from fvtitan.models.wan.adapter import (
@@ -15,6 +17,7 @@ from fvtitan.models.wan.adapter import (
     diffusers_names,
     to_diffusers_tensor,
 )
+from fvtitan.models.wan.attention import apply_rope, rope_table
 from fvtitan.models.wan.transformer import FLAVORS, WanConfig, WanTransformer, init_parameter
 
 SMALL = WanConfig(num_layers=2, num_heads=4, head_dim=32, ffn_dim=192, text_dim=48, text_len=20, freq_dim=64)
@@ -145,16 +148,37 @@ def test_parameter_counts(flavor, count):
         assert sum(p.numel() for p in WanTransformer(FLAVORS[flavor]).parameters()) == count
 
 
-def test_initialisation_is_wans():
+def test_initialisation():
     values = {}
     with torch.device("meta"):
         model = WanTransformer(FLAVORS["tiny"])
     for name, parameter in model.named_parameters():
-        values[name] = init_parameter(name, parameter.shape, torch.Generator().manual_seed(0))
+        values[name] = init_parameter(name, parameter.shape, FLAVORS["tiny"], functools.partial(generator, "cpu", 0))
         assert values[name].shape == parameter.shape
     assert values["head.head.weight"].abs().max() == 0
     assert values["blocks.0.self_attn.norm_q.weight"].eq(1).all()
     assert values["blocks.0.norm3.weight"].eq(1).all() and values["blocks.0.norm3.bias"].eq(0).all()
-    assert abs(float(values["text_embedding.2.weight"].std()) - 0.02) < 1e-3
-    weight = values["blocks.1.self_attn.q.weight"]
-    assert abs(float(weight.std()) - (2 / sum(weight.shape)) ** 0.5) < 1e-3
+    gates = values["blocks.0.modulation"][0, [2, 5]]
+    assert (
+        abs(float(gates.mean()) - 1) < 0.05 and abs(float(values["blocks.0.modulation"][0, [0, 1, 3, 4]].mean())) < 0.05
+    )
+    bias = values["blocks.2.self_attn.q.bias"]
+    assert torch.equal(bias, values["blocks.2.self_attn.k.bias"]) and values["blocks.2.self_attn.v.bias"].eq(0).all()
+    assert not torch.equal(bias, values["blocks.1.self_attn.q.bias"])
+    for name in ("blocks.1.self_attn.q.weight", "text_embedding.2.weight"):
+        assert abs(float(values[name].std()) - (2 / sum(values[name].shape)) ** 0.5) < 1e-3
+
+
+def test_fresh_queries_look_at_their_neighbourhood():
+    """The biases alone attend most to the own place, and less to places farther off in time and in space."""
+    cfg = FLAVORS["tiny"]
+    bias = init_parameter(
+        "blocks.0.self_attn.q.bias", torch.Size([cfg.dim]), cfg, functools.partial(generator, "cpu", 0)
+    )
+    tokens = bias.view(1, 1, cfg.num_heads, cfg.head_dim).expand(1, 5 * 4 * 4, -1, -1)
+    turned = apply_rope(tokens, rope_table(5, 4, 4, cfg.head_dim, 0, torch.device("cpu"), torch.float32))
+    score = torch.einsum("qhd,khd->hqk", turned[0], turned[0])
+    assert score.argmax(2).eq(torch.arange(80)).all()
+    frame, row, column = 16, 4, 1
+    assert (score[:, 0, [0]] > score[:, 0, [frame, row, column]]).all()
+    assert (score[:, 0, 0] - score[:, 0, column] > 1).any() and (score[:, 0, 0] - score[:, 0, frame] > 1).any()

@@ -90,6 +90,79 @@ def test_errors_name_key_value_and_fix(tmp_path, text, message):
         load(tmp_path, text if "models." in text else text + MINIMAL if not text.startswith("a =") else text)
 
 
+CAUSAL = '[models.student]\nflavor = "tiny"\nname = "wan_causal"\nframes_per_block = 3\n'
+DFSFT = '[method]\nname = "dfsft"\n'
+GEOMETRY = "[data]\nnum_frames = 33\n"  # 9 latent frames
+
+
+def test_causal_keys_are_read(tmp_path):
+    text = CAUSAL + "local_attn_frames = 6\nsink_frames = 1\n" + DFSFT + "num_frames_per_block = 3\n" + GEOMETRY
+    causal = load(tmp_path, text).models["student"].causal()
+    assert (causal.frames_per_block, causal.window, causal.sink) == (3, 6, 1)
+    assert causal.blocks(9) == (3, 3, 3)
+    first = ["--models.student.independent_first_frame", "true", "--data.num_frames", "25"]
+    assert load(tmp_path, text, *first).models["student"].causal().blocks(7) == (1, 3, 3)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (  # shapes that do not fit
+            CAUSAL + DFSFT + "[data]\nnum_frames = 37\n",
+            r"data\.num_frames = 37, models\.student: 10 latent frames do not divide into blocks of 3; "
+            r"nearest: 9 \(33 video frames\) or 12 \(45 video frames\)",
+        ),
+        (
+            CAUSAL + "independent_first_frame = true\n" + DFSFT + GEOMETRY,
+            r"9 latent frames do not divide into blocks of 3 after an independent first frame; nearest: 7 \(25 .*10 \(37",
+        ),
+        (CAUSAL + DFSFT + "[data]\nnum_frames = 5\n", r"nearest: 3 \(9 video frames\)"),
+        # a causal recipe with a bidirectional model, and the reverse
+        (MINIMAL + DFSFT + GEOMETRY, r"models\.student\.name = 'wan': method 'dfsft' trains a 'wan_causal' student"),
+        (CAUSAL + GEOMETRY, r"models\.student\.name = 'wan_causal': method 'finetune' trains a 'wan' student"),
+        # windows
+        (
+            CAUSAL + "local_attn_frames = 2\n" + DFSFT + GEOMETRY,
+            r"models\.student\.local_attn_frames = 2: must be >= frames_per_block \(3\), or -1",
+        ),
+        (CAUSAL + "local_attn_frames = 0\n" + DFSFT + GEOMETRY, r"local_attn_frames = 0: must be >= frames_per_block"),
+        (
+            CAUSAL + "sink_frames = 1\n" + DFSFT + GEOMETRY,
+            r"sink_frames = 1: must be >= 0, and needs local_attn_frames",
+        ),
+        (CAUSAL + "local_attn_frames = 3\nsink_frames = -1\n" + DFSFT + GEOMETRY, r"sink_frames = -1: must be >= 0"),
+        (MINIMAL + 'name = "wan_causal"\n' + DFSFT + GEOMETRY, r"frames_per_block = 0: wan_causal needs >= 1"),
+        # causal keys that a bidirectional model would ignore
+        (
+            MINIMAL + "frames_per_block = 3\n",
+            r"models\.student\.frames_per_block = 3 has no effect with name = \"wan\"",
+        ),
+        (MINIMAL + "independent_first_frame = true\n", "independent_first_frame = True has no effect"),
+        (MINIMAL + "local_attn_frames = 6\n", "local_attn_frames = 6 has no effect"),
+        (MINIMAL + "sink_frames = 1\n", "sink_frames = 1 has no effect"),
+        (MINIMAL + 'attention_backend = "flex"\n', "attention_backend = 'flex' has no effect"),
+        # the method's keys
+        (
+            CAUSAL + DFSFT + "num_frames_per_block = 1\n" + GEOMETRY,
+            r"method\.num_frames_per_block = 1, but models\.student\.frames_per_block = 3",
+        ),
+        (
+            CAUSAL + DFSFT + "context_noise_max = 20\n" + GEOMETRY,
+            "context_noise_max has no effect without .*teacher_forcing",
+        ),
+        (
+            CAUSAL + DFSFT + "teacher_forcing = true\ncontext_noise_max = 1000\n" + GEOMETRY,
+            r"context_noise_max = 1000\.0: a timestep, in \[0, 1000\)",
+        ),
+        (CAUSAL + "trainable = false\n" + DFSFT + GEOMETRY, "trainable = false: dfsft would have nothing to train"),
+        (CAUSAL + '[method]\nname = "dfsft"\nteacher_forcng = true\n', r"Did you mean 'teacher_forcing'"),
+    ],
+)
+def test_causal_recipes_that_contradict_themselves(tmp_path, text, message):
+    with pytest.raises(UserError, match=message):
+        load(tmp_path, text)
+
+
 def test_a_role_needs_sizes(tmp_path):
     with pytest.raises(UserError, match="models.student: give flavor"):
         load(tmp_path, "[models.student]\n")

@@ -12,26 +12,32 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from fvtitan.distributed.parallelize import parallelize
 from fvtitan.errors import UserError
-from fvtitan.models.base import Conditioning, ModelBase
+from fvtitan.flow_matching import ScheduleConfig
+from fvtitan.models.base import CausalModelBase, Conditioning, ModelBase
+from fvtitan.models.kv_cache import KVCache
 from fvtitan.models.wan import weights
-from fvtitan.models.wan.adapter import flavor_config
+from fvtitan.models.wan.attention import BlockCausal
 from fvtitan.models.wan.transformer import WanConfig, WanTransformer
 
 if TYPE_CHECKING:
-    from fvtitan.config import JobConfig
+    from fvtitan.config import JobConfig, RoleConfig
     from fvtitan.data.latent_cache import LatentCache
 
 
 class WanModel(ModelBase):
-    """Wan 2.1 text-to-video."""
+    """Wan 2.1 text-to-video: full attention among all frames."""
 
     transformer: WanTransformer
+
+    def __init__(self, transformer: WanTransformer, role_cfg: RoleConfig, *, dtype: torch.dtype, **common):
+        super().__init__(transformer, **common)
+        self.dtype = dtype  # of the computation; the KV cache has it too
 
     @classmethod
     def build(cls, cfg: JobConfig, role: str, mesh: DeviceMesh, device: torch.device) -> WanModel:
         """Meta -> parallelize -> storage for the local shards -> weights read (or drawn) straight into them."""
         role_cfg = cfg.models[role]
-        sizes = role_sizes(role_cfg.flavor, role_cfg.init_from, role)
+        sizes = weights.role_sizes(role_cfg.flavor, role_cfg.init_from, role)
         with torch.device("meta"):
             transformer = WanTransformer(sizes)
         parallelize(transformer, mesh, cfg)
@@ -41,7 +47,21 @@ class WanModel(ModelBase):
         else:
             weights.initialise(transformer, cfg.training.seed, role)
         weights.check_parameters(transformer, role, loaded=bool(role_cfg.init_from))
-        return cls(transformer, trainable=role_cfg.trainable, schedule=cfg.schedule, device=device)
+        dtype = getattr(torch, cfg.training.mixed_precision_param)
+        return cls(
+            transformer, role_cfg, trainable=role_cfg.trainable, schedule=cfg.schedule, device=device, dtype=dtype
+        )
+
+    @classmethod
+    def from_tensors(
+        cls, sizes: WanConfig, tensors: dict[str, Tensor], schedule: ScheduleConfig, role_cfg: RoleConfig
+    ) -> WanModel:
+        """A frozen, unsharded model on the CPU from full tensors under our names."""
+        with torch.device("meta"):
+            transformer = WanTransformer(sizes)
+        transformer.load_state_dict(tensors, assign=True)
+        dtype = transformer.patch_embedding.weight.dtype
+        return cls(transformer, role_cfg, trainable=False, schedule=schedule, device=torch.device("cpu"), dtype=dtype)
 
     def check_cache(self, cfg: JobConfig, cache: LatentCache) -> None:
         sizes, sample = self.transformer.cfg, cache[0]
@@ -64,22 +84,82 @@ class WanModel(ModelBase):
         return Conditioning(text=text.to(self.device, non_blocking=True))
 
     def predict_velocity(self, noisy: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
-        v = self.transformer(noisy, sigma, cond.text)
-        return v.to(torch.promote_types(v.dtype, torch.float32))
+        return _wide(self.transformer(noisy, sigma, cond.text))
 
     def num_tokens(self, latent_shape: torch.Size) -> int:
         b, t, _, h, w = latent_shape
         return b * t * h * w // math.prod(self.transformer.cfg.patch_size)
 
 
-def role_sizes(flavor: str, init_from: str, role: str) -> WanConfig:
-    """The network's sizes from the flavor, the pretrained folder, or both when they agree."""
-    if not init_from:
-        return flavor_config(flavor, f"models.{role}.flavor")
-    sizes = weights.pretrained_config(init_from)
-    if flavor and flavor_config(flavor, f"models.{role}.flavor") != sizes:
-        raise UserError(
-            f"models.{role}: flavor = {flavor!r} is {flavor_config(flavor, 'flavor')}, but init_from = {init_from!r} "
-            f"holds {sizes}: remove flavor to take the sizes of init_from"
-        )
-    return sizes
+class WanCausalModel(WanModel, CausalModelBase):
+    """The same network, weights and names, seeing time in blocks."""
+
+    def __init__(self, transformer: WanTransformer, role_cfg: RoleConfig, **common):
+        super().__init__(transformer, role_cfg, **common)
+        self.causal = role_cfg.causal()
+        backend = role_cfg.attention_backend
+        # FlexAttention is the fast one, but has no backward on a CPU.
+        self.backend = ("flex" if self.device.type == "cuda" else "sdpa") if backend == "auto" else backend
+        self._cache: tuple[tuple, KVCache] | None = None
+
+    @classmethod
+    def build(cls, cfg: JobConfig, role: str, mesh: DeviceMesh, device: torch.device) -> WanModel:
+        role_cfg = cfg.models[role]
+        if role_cfg.attention_backend == "flex" and role_cfg.trainable and device.type == "cpu":
+            raise UserError(
+                f'models.{role}.attention_backend = "flex": FlexAttention has no backward on a CPU; use "sdpa" or "auto"'
+            )
+        return super().build(cfg, role, mesh, device)
+
+    def _plan(self, num_frames: int, clean_context: bool = False) -> BlockCausal:
+        causal = self.causal
+        return BlockCausal(causal.blocks(num_frames), causal.window, causal.sink, clean_context, self.backend)
+
+    def predict_velocity(self, noisy: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
+        return _wide(self.transformer(noisy, sigma, cond.text, plan=self._plan(noisy.shape[1])))
+
+    def predict_velocity_with_context(
+        self, noisy: Tensor, sigma: Tensor, clean: Tensor, clean_sigma: Tensor, cond: Conditioning
+    ) -> Tensor:
+        plan = self._plan(noisy.shape[1], clean_context=True)
+        return _wide(self.transformer(noisy, sigma, cond.text, plan=plan, context=(clean, clean_sigma)))
+
+    def new_cache(self, latent_shape: Sequence[int], *, recycle: bool = False, first_frame: int = 0) -> KVCache:
+        key = (tuple(latent_shape), recycle, first_frame)
+        if self._cache is None or self._cache[0] != key:
+            sizes, (batch, frames, _, height, width) = self.transformer.cfg, latent_shape
+            self._cache = None  # the old one goes before the new one comes
+            cache = KVCache(
+                self.causal,
+                num_layers=sizes.num_layers,
+                batch_size=batch,
+                num_frames=frames,
+                tokens_per_frame=height * width // math.prod(sizes.patch_size),
+                text_len=sizes.text_len,
+                num_heads=sizes.num_heads,
+                head_dim=sizes.head_dim,
+                device=self.device,
+                dtype=self.dtype,
+                recycle=recycle,
+                first_frame=first_frame,
+            )
+            self._cache = (key, cache)
+        cache = self._cache[1]
+        cache.reset()
+        return cache
+
+    def predict_velocity_streaming(
+        self, noisy_block: Tensor, sigma: Tensor, cond: Conditioning, cache: KVCache, start_frame: int
+    ) -> Tensor:
+        return _wide(self.transformer(noisy_block, sigma, cond.text, cache=cache, start_frame=start_frame))
+
+    @torch.no_grad()
+    def commit(
+        self, block: Tensor, cond: Conditioning, cache: KVCache, start_frame: int, context_noise: float = 0.0
+    ) -> None:
+        sigma = torch.full(block.shape[:2], context_noise, device=block.device)
+        self.transformer(block.detach(), sigma, cond.text, cache=cache, start_frame=start_frame, commit=True)
+
+
+def _wide(v: Tensor) -> Tensor:
+    return v.to(torch.promote_types(v.dtype, torch.float32))

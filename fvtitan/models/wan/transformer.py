@@ -10,6 +10,7 @@ RoPE, modulation and norms in at least float32, so a noise level of 937.5 / 1000
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +19,17 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fvtitan.flow_matching import NUM_TIMESTEPS
-from fvtitan.models.wan.attention import apply_rope, attend, rope_table
+from fvtitan.models.kv_cache import KVCache, LayerPass, store
+from fvtitan.models.wan.attention import (
+    AttentionMask,
+    BlockCausal,
+    apply_rope,
+    attend,
+    prepare,
+    rope_frequencies,
+    rope_split,
+    rope_table,
+)
 
 
 @dataclass(frozen=True)
@@ -96,7 +107,7 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention with normalised queries and keys; with RoPE it is Wan's self-attention, else its cross-attention."""
+    """Projections of multi-head attention with normalised queries and keys."""
 
     def __init__(self, dim: int, num_heads: int, eps: float):
         super().__init__()
@@ -108,14 +119,44 @@ class Attention(nn.Module):
         self.norm_q = RMSNorm(dim, eps)
         self.norm_k = RMSNorm(dim, eps)
 
-    def forward(self, x: Tensor, context: Tensor, rope: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """x `[B, S, dim]` attends to context `[B, S', dim]`; rope rotates both (then S' = S)."""
-        q = self.norm_q(self.q(x)).unflatten(-1, (self.num_heads, -1))  # [B, S, heads, head_dim]
-        k = self.norm_k(self.k(context)).unflatten(-1, (self.num_heads, -1))
-        v = self.v(context).unflatten(-1, (self.num_heads, -1))
-        if rope is not None:
-            q, k = apply_rope(q, rope), apply_rope(k, rope)
-        return self.o(attend(q, k, v).flatten(2))
+    def query(self, x: Tensor) -> Tensor:
+        """`[B, S, dim]` -> `[B, S, heads, head_dim]`."""
+        return self.norm_q(self.q(x)).unflatten(-1, (self.num_heads, -1))
+
+    def key_value(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """`[B, S, dim]` -> keys and values `[B, S, heads, head_dim]`."""
+        return self.norm_k(self.k(x)).unflatten(-1, (self.num_heads, -1)), self.v(x).unflatten(-1, (self.num_heads, -1))
+
+
+class SelfAttention(Attention):
+    """Attention among the video's tokens, with RoPE: full, block-causal by a plan, or streaming over a cache."""
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: AttentionMask, stream: LayerPass | None) -> Tensor:
+        q, (k, v) = apply_rope(self.query(x), rope), self.key_value(x)
+        k = apply_rope(k, rope)
+        if stream is not None:
+            fresh_k, fresh_v, layer = k, v, stream.layer
+            if stream.context:  # copies: nothing of the graph points into the cache
+                k = torch.cat([*(layer.key[:, low:high] for low, high in stream.context), k], dim=1)
+                v = torch.cat([*(layer.value[:, low:high] for low, high in stream.context), v], dim=1)
+            if stream.write is not None:
+                store(layer.key, fresh_k, stream.write)
+                store(layer.value, fresh_v, stream.write)
+        return self.o(attend(q, k, v, mask).flatten(2))
+
+
+class CrossAttention(Attention):
+    """Attention of the video's tokens to the text."""
+
+    def forward(self, x: Tensor, text: Tensor, stream: LayerPass | None) -> Tensor:
+        if stream is not None and stream.text == "reuse":
+            k, v = stream.layer.text_key, stream.layer.text_value
+        else:
+            k, v = self.key_value(text)
+            if stream is not None and stream.text == "fill":
+                stream.layer.text_key.copy_(k)
+                stream.layer.text_value.copy_(v)
+        return self.o(attend(self.query(x), k, v).flatten(2))
 
 
 class Block(nn.Module):
@@ -124,21 +165,29 @@ class Block(nn.Module):
     def __init__(self, cfg: WanConfig):
         super().__init__()
         self.eps = cfg.eps
-        self.self_attn = Attention(cfg.dim, cfg.num_heads, cfg.eps)
-        self.cross_attn = Attention(cfg.dim, cfg.num_heads, cfg.eps)
+        self.self_attn = SelfAttention(cfg.dim, cfg.num_heads, cfg.eps)
+        self.cross_attn = CrossAttention(cfg.dim, cfg.num_heads, cfg.eps)
         self.norm3 = nn.LayerNorm(cfg.dim, eps=cfg.eps) if cfg.cross_attn_norm else None
         self.ffn = nn.Sequential(
             nn.Linear(cfg.dim, cfg.ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(cfg.ffn_dim, cfg.dim)
         )
         self.modulation = nn.Parameter(torch.empty(1, 6, cfg.dim))
 
-    def forward(self, x: Tensor, modulation: Tensor, text: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        modulation: Tensor,
+        text: Tensor,
+        rope: tuple[Tensor, Tensor],
+        mask: AttentionMask = None,
+        stream: LayerPass | None = None,
+    ) -> Tensor:
         """x `[B, S, dim]`, modulation `[B, T, 6, dim]` in at least float32, text `[B, L, dim]`."""
         rows = self.modulation.to(modulation.dtype) + modulation
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = rows.unbind(2)  # each [B, T, dim]
         h = modulate(x, scale, shift, self.eps)
-        x = gated_residual(x, self.self_attn(h, h, rope), gate)
-        x = x + self.cross_attn(self._cross_norm(x), text)
+        x = gated_residual(x, self.self_attn(h, rope, mask, stream), gate)
+        x = x + self.cross_attn(self._cross_norm(x), text, stream)
         h = modulate(x, ffn_scale, ffn_shift, self.eps)
         return gated_residual(x, self.ffn(h), ffn_gate)
 
@@ -183,23 +232,56 @@ class WanTransformer(nn.Module):
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.num_layers))
         self.head = Head(cfg)
 
-    def forward(self, latents: Tensor, sigma: Tensor, text: Tensor) -> Tensor:
+    def forward(
+        self,
+        latents: Tensor,
+        sigma: Tensor,
+        text: Tensor,
+        plan: BlockCausal | None = None,
+        context: tuple[Tensor, Tensor] | None = None,
+        cache: KVCache | None = None,
+        start_frame: int = 0,
+        commit: bool = False,
+    ) -> Tensor:
         """Velocity `[B, T, C, H, W]` of `latents [B, T, C, H, W]` at `sigma [B, T]` given `text [B, text_len, text_dim]`.
+
+        Attention is full, or block-causal by `plan`; with `context` (clean latents and their sigma, of the same shapes) the
+        plan's `clean_context` holds. With `cache` the latents are the block of a stream that begins at `start_frame`: it
+        sees the committed frames, and `commit` (without gradient) leaves its own keys and values there.
 
         H and W must be multiples of the patch size. The result has the dtype of the computation.
         """
         compute = self.patch_embedding.weight.dtype
         x, grid = self.patchify(latents.to(compute))
+        rope = rope_table(*grid, self.cfg.head_dim, start_frame, x.device, _wide(compute))
+        if context is not None:  # [clean | noisy]
+            clean, clean_sigma = context
+            x = torch.cat([self.patchify(clean.to(compute))[0], x], dim=1)
+            sigma = torch.cat([clean_sigma, sigma], dim=1)
+            rope = (torch.cat([rope[0]] * 2), torch.cat([rope[1]] * 2))
         x = self.patch_embedding(x)
-        text = self.text_embedding(text.to(compute))
         embedding, modulation = self.embed_sigma(sigma, _wide(compute))
-        rope = rope_table(*grid, self.cfg.head_dim, 0, x.device, _wide(compute))
-        for block in self.blocks:
+        passes: list[LayerPass] | list[None] = [None] * len(self.blocks)
+        if cache is not None:
+            passes = cache.passes(start_frame, start_frame + grid[0], write=commit)
+        text = self.embed_text(text.to(compute), cache)
+        mask = prepare(plan, grid[1] * grid[2], x.device) if plan is not None else None
+        for block, stream in zip(self.blocks, passes, strict=True):
             if self.checkpoint_blocks and torch.is_grad_enabled():
-                x = checkpoint(block, x, modulation, text, rope, use_reentrant=False)
+                x = checkpoint(block, x, modulation, text, rope, mask, stream, use_reentrant=False)
             else:
-                x = block(x, modulation, text, rope)
+                x = block(x, modulation, text, rope, mask, stream)
+        if context is not None:
+            x, embedding = x.chunk(2, dim=1)[1], embedding.chunk(2, dim=1)[1]
         return self.unpatchify(self.head(x, embedding), grid)
+
+    def embed_text(self, text: Tensor, cache: KVCache | None) -> Tensor:
+        """Text as the blocks see it `[B, text_len, dim]`; in a stream computed once, unless gradients flow into it."""
+        if cache is None or torch.is_grad_enabled():
+            return self.text_embedding(text)
+        if cache.text_embedding is None:
+            cache.text_embedding = self.text_embedding(text)
+        return cache.text_embedding
 
     def embed_sigma(self, sigma: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Embedding `[B, T, dim]` and block modulation `[B, T, 6, dim]` of the noise levels `[B, T]`, in `dtype`."""
@@ -227,19 +309,43 @@ class WanTransformer(nn.Module):
         return x.permute(0, 1, 4, 7, 2, 5, 3, 6).reshape(x.shape[0], t * pt, self.cfg.out_channels, h * ph, w * pw)
 
 
-def init_parameter(name: str, shape: torch.Size, rng: torch.Generator) -> Tensor:
-    """The initial value of one parameter, as a full float32 CPU tensor drawn from `rng` (Wan's initialisation).
+def init_parameter(name: str, shape: torch.Size, cfg: WanConfig, seed: Callable[[str], torch.Generator]) -> Tensor:
+    """The initial value of one parameter, as a full float32 CPU tensor. `seed(stream)` is a generator for a named stream.
 
-    Linear weights Xavier-uniform, text and time embeddings normal(0.02), modulation normal(1 / sqrt(dim)), biases zero,
-    norm weights one, the output projection zero (the untrained model predicts zero velocity).
+    Linear weights Xavier-uniform, biases zero, norm weights one, the output projection zero (the untrained model predicts
+    zero velocity), modulation normal(1 / sqrt(dim)). Two things differ from the published initialisation, which would need
+    a long training to come to the same: the gates start around one, so that self-attention counts from the first step, and
+    queries and keys start with equal biases in RoPE's fast channels, so that heads look at near-by places first.
     """
+    if name.endswith(("self_attn.q.bias", "self_attn.k.bias")):
+        return _neighbourhood_bias(cfg, seed(name.replace(".k.bias", ".q.bias")))
     if name == "head.head.weight" or name.endswith(".bias"):
         return torch.zeros(shape)
     if name.endswith("modulation"):
-        return torch.randn(shape, generator=rng) / math.sqrt(shape[-1])
+        table = torch.randn(shape, generator=seed(name)) / math.sqrt(shape[-1])
+        if shape[1] == 6:
+            table[:, [2, 5]] += 1.0  # the gates of self-attention and feed-forward
+        return table
     if len(shape) == 1:
         return torch.ones(shape)
-    if name.startswith(("text_embedding", "time_embedding")):
-        return 0.02 * torch.randn(shape, generator=rng)
     bound = math.sqrt(6.0 / (shape[0] + shape[1]))
-    return (2 * torch.rand(shape, generator=rng) - 1) * bound
+    return (2 * torch.rand(shape, generator=seed(name)) - 1) * bound
+
+
+NEIGHBOURHOOD_BIAS = 6.0  # against features of unit size: most of a fresh query is its place
+FAST_FREQUENCY = 0.1  # radians per frame or token; slower channels tell no neighbours apart
+
+
+def _neighbourhood_bias(cfg: WanConfig, rng: torch.Generator) -> Tensor:
+    """`[dim]`: in every fast RoPE channel pair a vector of random length and phase. Rotated by their places, two equal ones
+    have the inner product `length^2 cos(frequency x distance)`: largest for neighbours, and different in every head."""
+    bias = torch.zeros(cfg.num_heads, cfg.head_dim // 2, 2)
+    pair = 0
+    for dim in rope_split(cfg.head_dim):
+        for frequency in rope_frequencies(dim).tolist():
+            length = NEIGHBOURHOOD_BIAS * torch.rand(cfg.num_heads, generator=rng)
+            phase = 2 * math.pi * torch.rand(cfg.num_heads, generator=rng)
+            if frequency >= FAST_FREQUENCY:
+                bias[:, pair] = torch.stack([length * phase.cos(), length * phase.sin()], dim=1)
+            pair += 1
+    return bias.flatten()

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
-from torch import nn
+from torch import Tensor, nn
 
+from fvtitan.components.checkpoint import read_tensors
 from fvtitan.components.files import write_atomic
 from fvtitan.components.rng import generator
 from fvtitan.distributed.utils import local_rows, local_tensor, reshard
@@ -22,6 +23,7 @@ from fvtitan.models.wan.adapter import (
     config_to_diffusers,
     diffusers_names,
     diffusers_shape,
+    flavor_config,
     to_diffusers_tensor,
 )
 from fvtitan.models.wan.transformer import WanConfig, WanTransformer, init_parameter
@@ -42,7 +44,7 @@ def pretrained_config(init_from: str) -> WanConfig:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"init_from = {init_from!r}: cannot read {path}: {error}") from None
-    return config_from_diffusers(config, pipeline_text_len(path.parent), str(path))
+    return config_from_diffusers(config, pipeline_text_len(pipeline_folder(init_from, "transformer")), str(path))
 
 
 def weight_files(folder: Path) -> dict[str, Path]:
@@ -97,13 +99,58 @@ def load_pretrained(transformer: WanTransformer, init_from: str) -> None:
             shard.copy_(stored[rows].reshape(shard.shape))
 
 
+def read_pipeline(init_from: str) -> tuple[WanConfig, dict[str, Tensor]]:
+    """Sizes and full tensors, under our names, of a diffusers folder or hub repository."""
+    sizes = pretrained_config(init_from)
+    folder = transformer_folder(init_from)
+    files = weight_files(folder)
+    with torch.device("meta"):
+        shapes = {name: parameter.shape for name, parameter in WanTransformer(sizes).named_parameters()}
+    names = diffusers_names(shapes)
+    check_complete(names, files, str(folder))
+    handles = {path: _open(path) for path in set(files.values())}
+    tensors = {ours: handles[files[theirs]].get_tensor(theirs) for ours, theirs in names.items()}
+    for name, tensor in tensors.items():
+        if tuple(tensor.shape) != diffusers_shape(name, shapes[name], sizes):
+            raise UserError(f"{folder}: {names[name]} has shape {list(tensor.shape)}, not what config.json says")
+    return sizes, {name: tensor.reshape(shapes[name]) for name, tensor in tensors.items()}
+
+
+def read_checkpoint(folder: str | Path, role: str, *, raw: bool = False) -> tuple[WanConfig, dict[str, Tensor]]:
+    """Sizes and full tensors of a role in a run's checkpoint `.../checkpoint/step-<N>`: its moving average where there is
+    one, unless `raw`."""
+    from fvtitan.config import read_toml
+
+    tensors = {} if raw else read_tensors(folder, f"ema.{role}")
+    tensors = tensors or read_tensors(folder, f"roles.{role}.transformer")
+    if not tensors:
+        raise UserError(f"{folder}: the checkpoint holds no role {role!r}")
+    model = read_toml(Path(folder) / "config.toml").models[role]
+    return role_sizes(model.flavor, model.init_from, role), tensors
+
+
+def role_sizes(flavor: str, init_from: str, role: str) -> WanConfig:
+    """The network's sizes from the flavor, the pretrained folder, or both when they agree."""
+    if not init_from:
+        return flavor_config(flavor, f"models.{role}.flavor")
+    sizes = pretrained_config(init_from)
+    if flavor and flavor_config(flavor, f"models.{role}.flavor") != sizes:
+        raise UserError(
+            f"models.{role}: flavor = {flavor!r} is {flavor_config(flavor, 'flavor')}, but init_from = {init_from!r} "
+            f"holds {sizes}: remove flavor to take the sizes of init_from"
+        )
+    return sizes
+
+
 @torch.no_grad()
 def initialise(transformer: WanTransformer, seed: int, role: str) -> None:
     """Draw every parameter as a full tensor from its own stream and keep the local rows: the same model on any number
     of ranks (draws on shards would give every rank the same values, and another model than one rank's)."""
     reshard(transformer)
     for name, parameter in transformer.named_parameters():
-        full = init_parameter(name, parameter.shape, generator("cpu", seed, "init", role, name))
+        full = init_parameter(
+            name, parameter.shape, transformer.cfg, lambda stream: generator("cpu", seed, "init", role, stream)
+        )
         local_tensor(parameter).copy_(full[local_rows(parameter)])
 
 
@@ -121,7 +168,7 @@ def check_parameters(module: nn.Module, role: str, *, loaded: bool) -> None:
         raise UserError(f"models.{role}: damaged weights: {', '.join(bad[:5])}{', ...' if len(bad) > 5 else ''}")
 
 
-def save_transformer(tensors: dict[str, torch.Tensor], cfg: WanConfig, folder: Path) -> None:
+def save_transformer(tensors: dict[str, Tensor], cfg: WanConfig, folder: Path) -> None:
     """Write full tensors under our names as a diffusers transformer folder: config.json and one safetensors file."""
     from safetensors.torch import save
 

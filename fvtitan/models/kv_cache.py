@@ -1,0 +1,132 @@
+"""The KV cache of a streaming rollout: a plain object, handed down, allocated once and reused.
+
+Only `commit` passes write, and only without gradient. A pass with gradient reads the cache and concatenates its own keys
+and values; it never writes into a tensor of a graph. All positions are Python ints: no host synchronisation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fvtitan.models.blocks import CausalConfig, Runs, earlier_frames
+
+
+@dataclass
+class LayerCache:
+    """One layer: roped keys and values `[B, slots * tokens, heads, head_dim]`; those of the text `[B, text_len, ...]`."""
+
+    key: Tensor
+    value: Tensor
+    text_key: Tensor
+    text_value: Tensor
+
+
+@dataclass(frozen=True)
+class LayerPass:
+    """What one streaming pass of one layer reads and writes. Ranges are in tokens of the buffer."""
+
+    layer: LayerCache
+    context: Runs
+    write: Runs | None
+    """Where this pass leaves its own keys and values; None: nowhere."""
+    text: str
+    """"compute": keys and values of the text from the embedding, as a pass with gradient must; "fill": and keep them;
+    "reuse": take the kept ones."""
+
+
+def store(buffer: Tensor, fresh: Tensor, runs: Runs) -> None:
+    """Write `fresh [B, S, ...]` into the ranges of `buffer`'s dimension 1, in their order."""
+    offset = 0
+    for low, high in runs:
+        buffer[:, low:high] = fresh[:, offset : offset + high - low]
+        offset += high - low
+
+
+class KVCache:
+    """Keys and values of the clean frames of a rollout, for every layer.
+
+    The buffer spans `num_frames`, and a window is a slice of it; with `recycle` (inference only, needs a window) it holds
+    the sink and one window, and slots are used again, so a stream has no end. `first_frame` is the number of the stream's
+    first frame: RoPE is relative, so it changes nothing but what long streams look like inside.
+    """
+
+    def __init__(
+        self,
+        causal: CausalConfig,
+        *,
+        num_layers: int,
+        batch_size: int,
+        num_frames: int,
+        tokens_per_frame: int,
+        text_len: int,
+        num_heads: int,
+        head_dim: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        recycle: bool = False,
+        first_frame: int = 0,
+    ) -> None:
+        self.causal = causal
+        self.tokens_per_frame = tokens_per_frame
+        self.batch_size = batch_size
+        self.recycle = recycle and causal.window >= 0 and causal.sink + causal.window < num_frames
+        self.num_slots = causal.sink + causal.window if self.recycle else num_frames
+        self.first_frame = first_frame
+
+        def empty(length: int) -> Tensor:
+            return torch.empty(batch_size, length, num_heads, head_dim, device=device, dtype=dtype)
+
+        sizes = (self.num_slots * tokens_per_frame,) * 2 + (text_len,) * 2
+        self.layers = [LayerCache(*map(empty, sizes)) for _ in range(num_layers)]
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything; the memory stays."""
+        self.end = self.first_frame
+        """Frames up to here are committed."""
+        self.text_embedding: Tensor | None = None  # of the prompt, once it was computed without gradient
+
+    def _slots(self, start: int, end: int) -> Runs:
+        """Slots of the frames `[start, end)`, in the frames' order."""
+        start, end, sink = start - self.first_frame, end - self.first_frame, self.causal.sink
+        if not self.recycle:
+            return ((start, end),)
+        runs: list[tuple[int, int]] = []
+        for frame in range(start, end):
+            slot = frame if frame < sink else sink + (frame - sink) % (self.num_slots - sink)
+            if runs and runs[-1][1] == slot:
+                runs[-1] = (runs[-1][0], slot + 1)
+            else:
+                runs.append((slot, slot + 1))
+        return tuple(runs)
+
+    def _tokens(self, frames: Runs) -> Runs:
+        n = self.tokens_per_frame
+        return tuple((low * n, high * n) for start, end in frames for low, high in self._slots(start, end))
+
+    def passes(self, start: int, end: int, *, write: bool) -> list[LayerPass]:
+        """One `LayerPass` a layer for a forward of the block `[start, end)`. With `write`, the block's frames are
+        committed by it. Raises `ValueError` for a block that leaves a gap or does not fit."""
+        if not self.first_frame <= start <= self.end:
+            raise ValueError(
+                f"a block starts at frame {start}, but the cache is filled from {self.first_frame} to {self.end}"
+            )
+        if not self.recycle and end - self.first_frame > self.num_slots:
+            raise ValueError(
+                f"a block ends at frame {end}, but the cache has room up to {self.first_frame + self.num_slots}"
+            )
+        earlier = earlier_frames(start - self.first_frame, end - self.first_frame, self.causal.window, self.causal.sink)
+        shifted = tuple((low + self.first_frame, high + self.first_frame) for low, high in earlier)
+        context = self._tokens(shifted)
+        slots = self._tokens(((start, end),)) if write else None
+        if torch.is_grad_enabled():
+            text = "compute"
+        else:
+            text = "fill" if self.text_embedding is None else "reuse"
+        if write:
+            assert not torch.is_grad_enabled(), "only a pass without gradient may write into the cache"
+            self.end = end
+        return [LayerPass(layer, context, slots, text) for layer in self.layers]
