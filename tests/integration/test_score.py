@@ -1,0 +1,137 @@
+"""The scoring program: pipelines and checkpoints as they are, one row a way of sampling."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from fvtitan.assets import tiny_wan_path
+from fvtitan.assets.build_tiny_wan import training_minutes, transformer_tensors
+from fvtitan.components.checkpoint import DamagedCheckpoint, read_tensors
+from fvtitan.errors import UserError
+from fvtitan.models.wan import weights
+from fvtitan.models.wan.model import WanCausalModel
+from fvtitan.samplers import SamplerSpec, num_forwards
+from fvtitan.score import load_model, score_sources, table
+from tests.helpers import ROOT, make_cache, read_checkpoint, small_arguments, train
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A causal student of the tiny flavor after two steps, with a moving average that is not the student."""
+    folder = tmp_path_factory.mktemp("score")
+    recipe = folder / "recipe.toml"
+    recipe.write_text(
+        '[models.student]\nname = "wan_causal"\nflavor = "tiny"\nframes_per_block = 3\nlocal_attn_frames = 6\n'
+        '[method]\nname = "dfsft"\n[validation]\nsampling_steps = 2\nguidance_scale = 3.0\n'
+    )
+    arguments = small_arguments(make_cache(folder / "cache"), folder / "run", training__steps=2, ema__start_step=0)
+    assert train(["--job.config_file", str(recipe), *arguments]) == 0
+    return folder / "run/checkpoint/step-2"
+
+
+def test_a_checkpoint_is_read_whole_without_a_run(checkpoint):
+    stored = read_checkpoint(checkpoint)
+    for raw, prefix in ((True, "roles.student.transformer."), (False, "ema.student.")):
+        sizes, tensors = weights.read_checkpoint(checkpoint, "student", raw=raw)
+        assert sizes.text_len == 32 and len(tensors) > 60
+        for name, tensor in tensors.items():
+            assert torch.equal(tensor, stored[prefix + name]), name
+    assert not torch.equal(
+        stored["ema.student.blocks.0.ffn.0.weight"], stored["roles.student.transformer.blocks.0.ffn.0.weight"]
+    )
+    assert read_tensors(checkpoint, "roles.critic") == {}
+    with pytest.raises(UserError, match="holds no role 'critic'"):
+        weights.read_checkpoint(checkpoint, "critic")
+    with pytest.raises(UserError, match="no checkpoint"):
+        read_tensors(checkpoint.with_name("step-9"), "roles")
+    for name, tensor in transformer_tensors(str(checkpoint)).items():  # what is built is the average
+        assert torch.equal(tensor, stored[f"ema.student.{name}"])
+
+
+def test_a_changed_byte_is_seen(checkpoint, tmp_path):
+    import shutil
+
+    copy = tmp_path / "step-2"
+    shutil.copytree(checkpoint, copy)
+    shard = next(copy.glob("*.distcp"))
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(DamagedCheckpoint, match=shard.name):
+        read_tensors(copy, "roles")
+
+
+def test_a_checkpoint_is_sampled_as_its_method_says(checkpoint):
+    model, spec, uncond = load_model(str(checkpoint))
+    assert isinstance(model, WanCausalModel) and model.causal.window == 6 and uncond == "empty"
+    assert spec.streaming and len(spec.sigmas) == 3 and spec.guidance_scale == 3.0
+    assert num_forwards(spec, num_blocks=3) == 2 * (3 * 2 + 2)  # two steps a block, and two blocks committed
+    assert num_forwards(SamplerSpec((1.0, 0.5, 0.0))) == 2
+
+
+def test_rows_and_table(checkpoint):
+    sources = ["tiny-wan", str(checkpoint)]
+    scored = list(score_sources(sources, steps=(2, 1), lengths=(9, 21), num_videos=2, guidance=3.0))
+    rows = [row for row, _ in scored]
+    assert [(row.model, row.steps, row.num_frames, row.forwards) for row in rows] == [
+        ("tiny-wan", 2, 9, 4),
+        ("tiny-wan", 1, 9, 2),
+        (str(checkpoint), 2, 9, 4),
+        ("VAE round trip", 0, 9, 0),
+        ("tiny-wan", 2, 21, 4),
+        ("tiny-wan", 1, 21, 2),
+        (str(checkpoint), 2, 21, 10),
+        ("VAE round trip", 0, 21, 0),
+    ]
+    assert rows[3].scores["colour"] == rows[3].scores["direction"] == 1.0  # rendered clips
+    videos = scored[4][1]
+    assert len(videos) == 2 and videos[0][1].shape == (21, 64, 64, 3) and videos[0][1].dtype == torch.uint8
+    lines = table(rows).splitlines()
+    assert len(lines) == 2 + len(rows) + 1 and len({line.count("|") for line in lines}) == 1
+    again = [row.scores for row, _ in score_sources(sources[:1], steps=(2,), lengths=(9,), num_videos=2, guidance=3.0)]
+    assert again[0] == rows[0].scores  # noise is fixed
+
+
+def test_the_program(tmp_path):
+    command = [sys.executable, "-m", "fvtitan.score"]
+    small = ["--steps", "1", "--num-frames", "9", "--num-videos", "1", "--output", str(tmp_path)]
+    done = subprocess.run([*command, *small], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "| tiny-wan | 1 | 9 | 2 |" in done.stdout and "| VAE round trip |" in done.stdout
+    assert [row["model"] for row in json.loads((tmp_path / "rows.json").read_text())] == ["tiny-wan", "VAE round trip"]
+    assert (tmp_path / "01-1-steps-9-frames.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--num-frames", "32"], "--num-frames 32: must be 4n + 1"),
+        (["--steps", "0"], "--steps 0: must be >= 1"),
+        (["--models", "nowhere"], "'nowhere' is neither"),
+    ],
+)
+def test_bad_arguments_are_one_line(arguments, message, monkeypatch, capsys):
+    from fvtitan import score
+    from fvtitan.errors import cli
+
+    monkeypatch.setattr(sys, "argv", ["score", *arguments])
+    with pytest.raises(SystemExit) as exit_:
+        cli(score.main)
+    error = capsys.readouterr().err.strip().splitlines()
+    assert exit_.value.code == 2 and len(error) == 1 and message in error[0]
+
+
+def test_training_minutes_come_from_the_rates(tmp_path):
+    records = [{"step": 1, "perf/step_seconds": 60.0}, {"step": 5, "perf/step_seconds": 30.0}, {"step": 5.5, "x": 1}]
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    assert training_minutes(path) == pytest.approx(1 + 4 * 0.5)
+
+
+def test_the_shipped_transformer_is_a_tiny_one():
+    assert transformer_tensors(str(tiny_wan_path())).keys() == transformer_tensors("").keys()
