@@ -31,7 +31,7 @@ from fvtitan.methods import METHODS
 from fvtitan.models import MODELS
 from fvtitan.models.base import ModelBase
 from fvtitan.models.encoders import TextEncoder, VideoVAE
-from fvtitan.models.pipeline import TINY_WAN
+from fvtitan.models.pipeline import TINY_WAN, pipeline_folder, pipeline_shift
 from fvtitan.models.wan import weights
 from fvtitan.models.wan.model import WanModel
 from fvtitan.preprocess import WAN_NEGATIVE_PROMPT
@@ -61,7 +61,8 @@ def load_model(source: str, raw: bool = False) -> tuple[ModelBase, SamplerSpec |
     folder = Path(source)
     if not (folder / "manifest.json").is_file():
         sizes, tensors = weights.read_pipeline(source)
-        return WanModel.from_tensors(sizes, tensors, ScheduleConfig(), RoleConfig()), None, "empty"
+        schedule = ScheduleConfig(shift=pipeline_shift(pipeline_folder(source, "transformer", "scheduler")))
+        return WanModel.from_tensors(sizes, tensors, schedule, RoleConfig()), None, "empty"
     cfg = read_toml(folder / "config.toml")
     sizes, tensors = weights.read_checkpoint(folder, "student", raw=raw)
     model = MODELS[cfg.models["student"].name].from_tensors(sizes, tensors, cfg.schedule, cfg.models["student"])

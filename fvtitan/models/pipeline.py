@@ -42,3 +42,16 @@ def pipeline_text_len(folder: Path) -> int:
     """Text tokens the pipeline's network sees: `text_len` of `<folder>/fvtitan.json`, else Wan's 512."""
     path = folder / "fvtitan.json"
     return json.loads(path.read_text(encoding="utf-8"))["text_len"] if path.is_file() else DEFAULT_TEXT_LEN
+
+
+def pipeline_shift(folder: Path) -> float:
+    """The timestep shift that the pipeline's scheduler has: `shift` (flow-match Euler) or `flow_shift` (UniPC)."""
+    path = folder / "scheduler" / "scheduler_config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read the pipeline's shift from {path}: {error}") from None
+    shift = config.get("shift", config.get("flow_shift"))
+    if not isinstance(shift, int | float) or shift <= 0:
+        raise UserError(f"{path}: need a positive shift or flow_shift, found {shift!r}")
+    return float(shift)

@@ -13,6 +13,7 @@ from fvtitan.assets import tiny_wan_path
 from fvtitan.assets.build_tiny_wan import training_minutes, transformer_tensors
 from fvtitan.components.checkpoint import DamagedCheckpoint, read_tensors
 from fvtitan.errors import UserError
+from fvtitan.models.pipeline import pipeline_shift
 from fvtitan.models.wan import weights
 from fvtitan.models.wan.model import WanCausalModel
 from fvtitan.samplers import SamplerSpec, num_forwards
@@ -72,6 +73,19 @@ def test_a_checkpoint_is_sampled_as_its_method_says(checkpoint):
     assert spec.streaming and len(spec.sigmas) == 3 and spec.guidance_scale == 3.0
     assert num_forwards(spec, num_blocks=3) == 2 * (3 * 2 + 2)  # two steps a block, and two blocks committed
     assert num_forwards(SamplerSpec((1.0, 0.5, 0.0))) == 2
+
+
+def test_a_pipeline_is_sampled_on_its_own_shift(tmp_path):
+    assert load_model("tiny-wan")[0].schedule.shift == 5.0
+    for config, shift in (({"shift": 2.0}, 2.0), ({"flow_shift": 3}, 3.0)):
+        (tmp_path / "scheduler").mkdir(exist_ok=True)
+        (tmp_path / "scheduler/scheduler_config.json").write_text(json.dumps(config))
+        assert pipeline_shift(tmp_path) == shift
+    (tmp_path / "scheduler/scheduler_config.json").write_text("{}")
+    with pytest.raises(UserError, match="need a positive shift or flow_shift, found None"):
+        pipeline_shift(tmp_path)
+    with pytest.raises(UserError, match="cannot read the pipeline's shift"):
+        pipeline_shift(tmp_path / "nowhere")
 
 
 def test_rows_and_table(checkpoint):
