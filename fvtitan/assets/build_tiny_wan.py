@@ -110,10 +110,12 @@ def build_pipeline(vae, tensors: dict[str, Tensor], output: Path) -> None:
 def provenance(vae_folder: str, transformer: str, seed: int, folder: Path) -> dict[str, Any]:
     """Where the two trained parts come from, how long they took, and how good they are."""
     versions = {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "transformers")}
+    earlier = Path(vae_folder).parent / "provenance.json"
+    kept = json.loads(earlier.read_text())["vae"] if vae_folder and earlier.is_file() else "given"
     record: dict[str, Any] = {
         "date": datetime.date.today().isoformat(),
         "versions": versions,
-        "vae": "kept" if vae_folder else f"fvtitan.assets.train_tiny_vae.train_vae(seed={seed})",
+        "vae": kept if vae_folder else f"fvtitan.assets.train_tiny_vae.train_vae(seed={seed})",
         "scores": {},
     }
     if transformer and (Path(transformer) / "config.toml").is_file():
