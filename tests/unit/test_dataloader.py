@@ -178,6 +178,23 @@ def test_any_stops_and_world_sizes_give_the_same_order(sizes, stages):
     assert run(cache, plan, 12) == run(cache, [(1, 12, 0, total)], 12)
 
 
+@settings(max_examples=5, deadline=None)
+@given(
+    sizes=bucket_sizes,
+    stages=st.lists(st.tuples(splits, st.integers(0, 2), st.integers(1, 3)), min_size=2, max_size=3),
+)
+def test_any_stops_world_sizes_and_workers_consume_each_sample_once(sizes, stages):
+    cache = FakeCache(sizes)
+    plan = [(world, local, workers, batches) for (world, local), workers, batches in stages]
+    seen = run(cache, plan, 12)
+    assert seen == run(cache, [(1, 12, 0, sum(batches for *_, batches in plan))], 12)
+    for bucket, members in enumerate(cache.bucket_indices):
+        taken = [(sample_pass, index) for index, _, sample_pass in seen if cache.bucket_of[index] == bucket]
+        assert len(set(taken)) == len(taken)  # no sample twice in a pass
+        last = taken[-1][0] if taken else 0
+        assert {(k, index) for k in range(last) for index in members} <= set(taken)  # nor left out of one
+
+
 @pytest.mark.parametrize(
     "plan",
     [
