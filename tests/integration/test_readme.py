@@ -1,0 +1,236 @@
+"""The README does what it says: its own commands, taken from its text, run in a copy of the tree, and leave what it promises.
+
+By default each trains 2 steps on a handful of clips; `pytest -m slow` runs them as they stand.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import tomli
+
+from fvtitan.config import JobConfig, load_config
+from tests.helpers import ROOT
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PROGRAMS = r"(?:[A-Z_]+=\S+ )*(?:python|torchrun|pip|pytest|tensorboard|\./run_train\.sh)\b"
+
+# What is in the README and not run here, and why. Nothing else may be left out; a line that is no longer there must go.
+NOT_RUN = {
+    "tensorboard --logdir outputs/tiny_finetune/tensorboard": "a server that runs until it is stopped",
+}
+
+# What makes a command small: for the programs that match, these words are put behind it (the last one of an option counts).
+SMALL_TRAINING = (
+    "--training.local_batch_size 2 --training.global_batch_size 4 --data.moving_shapes_clips 8 --checkpoint.interval 2 "
+    "--validation.num_prompts 1 --validation.num_prompts_last 2 --validation.sampling_steps 2 --validation.heldout_clips 2"
+)
+SMALL = {
+    r"run_train\.sh|train\.py": SMALL_TRAINING,
+    r"fvtitan\.score": "--num-videos 2 --steps 2",
+    r"moving_shapes render": "--num-clips 4",
+}
+
+
+def commands_of(text: str) -> list[str]:
+    """The commands of all ```bash blocks, one an `&&`, continued lines joined; then those that the prose gives in backticks."""
+    commands = []
+    for block in re.findall(r"^```bash\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+        for line in re.sub(r"\\\n\s*", "", block).splitlines():
+            line = line.split(" #")[0].strip()
+            commands += [part.strip() for part in line.split("&&")] if line and not line.startswith("#") else []
+    prose = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+    commands += [code for code in re.findall(r"`([^`\n]+)`", prose) if re.match(rf"{PROGRAMS} .", code)]
+    return list(dict.fromkeys(commands))
+
+
+def kind_of(command: str) -> str:
+    """install and test commands are looked at, not run; "not run": listed above; everything else is run."""
+    if command in NOT_RUN:
+        return "not run"
+    if command.startswith("pip "):
+        return "install"
+    if command.split()[0] == "pytest":
+        return "test"
+    return "run"
+
+
+COMMANDS = commands_of(README)
+RUN = [command for command in COMMANDS if kind_of(command) == "run"]
+TRAIN = [command for command in COMMANDS if re.search(r"run_train\.sh|train\.py", command) and "--help" not in command]
+
+
+def test_commands_are_found():
+    """Blocks, continued lines, `&&`, comments and prose; and that this README has some of each."""
+    text = "a `python x.py --help`\n```bash\n# no\npip install -e . && ./run_train.sh\npython a \\\n   b  # c\n```\n`key = 1`\n"
+    assert commands_of(text) == ["pip install -e .", "./run_train.sh", "python a b", "python x.py --help"]
+    assert len(RUN) >= 8 and len(TRAIN) >= 5
+    assert set(NOT_RUN) <= set(COMMANDS), "no longer in the README"
+
+
+@pytest.mark.parametrize("command", [command for command in COMMANDS if kind_of(command) in ("install", "test")])
+def test_install_and_test_commands_have_the_right_form(command):
+    project = tomli.loads((ROOT / "pyproject.toml").read_text())
+    if kind_of(command) == "install":
+        extra = re.fullmatch(r"pip install -e (?:\.|'\.\[(\w+)\]')", command)
+        assert extra and extra[1] in {None, *project["project"]["optional-dependencies"]}
+    else:
+        marker = re.fullmatch(r"pytest(?: -m (\w+))?", command)
+        markers = {line.split(":")[0] for line in project["tool"]["pytest"]["ini_options"]["markers"]}
+        assert marker and marker[1] in {None, *markers}
+
+
+# ---------------------------------------------------------------------------- the configurations as they stand
+
+
+@dataclass
+class Training:
+    """What a training command starts."""
+
+    ranks: int
+    arguments: list[str]
+
+    @classmethod
+    def parse(cls, command: str) -> Training:
+        words = shlex.split(command)
+        program = next(i for i, word in enumerate(words) if re.search(r"(run_train\.sh|train\.py)$", word))
+        before, arguments = words[:program], words[program + 1 :]
+        environment = dict(word.split("=", 1) for word in before if re.match(r"[A-Z_]+=", word))
+        options = dict(re.findall(r"--(\w+)[= ](\S+)", " ".join(before)))
+        ranks = int(options.get("nproc_per_node", environment.get("NGPU", 1))) * int(options.get("nnodes", 1))
+        if words[program].endswith("run_train.sh"):
+            default = re.search(r"CONFIG_FILE=\$\{CONFIG_FILE:-(\S+)\}", (ROOT / "run_train.sh").read_text())[1]
+            arguments = ["--job.config_file", environment.get("CONFIG_FILE", default), *arguments]
+        return cls(ranks, arguments)
+
+    def config(self, monkeypatch: pytest.MonkeyPatch, *more: str) -> JobConfig:
+        monkeypatch.chdir(ROOT)
+        monkeypatch.setenv("WORLD_SIZE", str(self.ranks))
+        return load_config([*self.arguments, *more])
+
+
+def header_command(recipe: Path) -> str:
+    """The command that a recipe's first comment line gives."""
+    comment = "\n".join(
+        line.removeprefix("#").strip() for line in recipe.read_text().splitlines() if line.startswith("#")
+    )
+    return re.search(rf"{PROGRAMS}.*", re.sub(r"\\\n", "", comment))[0]
+
+
+@pytest.mark.parametrize("command", TRAIN)
+def test_training_commands_are_possible_as_they_stand(command, monkeypatch):
+    """Keys, values, and batch sizes for the number of processes, without the changes that make it small."""
+    Training.parse(command).config(monkeypatch)
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "train_configs").glob("*.toml")), ids=lambda path: path.name)
+def test_recipe_headers_are_possible_as_they_stand(recipe, monkeypatch):
+    training = Training.parse(header_command(recipe))
+    assert Path(training.arguments[training.arguments.index("--job.config_file") + 1]).name == recipe.name
+    training.config(monkeypatch)
+
+
+# --------------------------------------------------------------------------------------------- running them
+
+
+def copied_tree(folder: Path) -> Path:
+    """What a user has after cloning: all files that git knows or does not ignore."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        check=True,
+    )
+    for name in listed.stdout.decode().split("\0"):
+        if name and (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, folder / name)
+    return folder
+
+
+def run(command: str, tree: Path, timeout: float) -> str:
+    """Its output; fails with its end when the exit status is not 0."""
+    search = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": search, "HF_HUB_OFFLINE": "1"}  # offline after the installation
+    done = subprocess.run(
+        ["bash", "-c", command],
+        cwd=tree,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        timeout=timeout,
+    )
+    text = done.stdout.decode(errors="replace")
+    assert done.returncode == 0, f"{command}\n{text[-3000:]}"
+    return text
+
+
+def promised_files() -> tuple[str, list[str]]:
+    """The folder of "Look at `...`", and the glob patterns in the first column of the table below it."""
+    look = re.search(r"Look at `([\w/]+)`[^|]*\n((?:\|.*\n)+)", README)
+    cells = [row.split("|")[1] for row in look[2].splitlines()[2:]]
+    return look[1], [re.sub(r"<\w+>", "*", path) for cell in cells for path in re.findall(r"`([^`]+)`", cell)]
+
+
+def assert_promises_kept(tree: Path) -> None:
+    folder, patterns = promised_files()
+    assert len(patterns) >= 5
+    for pattern in patterns:
+        assert list((tree / folder).rglob(pattern)), f"the README promises {pattern} in {folder}"
+    assert list((tree / folder / "validation").rglob("student/*.mp4"))
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory):
+    return copied_tree(tmp_path_factory.mktemp("readme"))
+
+
+@pytest.fixture(scope="module")
+def trained() -> dict[str, int]:
+    """Steps trained so far, by dump folder: a command that finds a run of an earlier one must go on, 2 steps more."""
+    return {}
+
+
+@pytest.mark.parametrize("command", RUN, ids=lambda command: command[:80])
+def test_small(command, tree, trained, monkeypatch):
+    smaller = next((words for program, words in SMALL.items() if re.search(program, command)), "")
+    if "--help" in command:
+        assert "usage:" in run(command, tree, timeout=300)
+        return
+    if command not in TRAIN:
+        run(f"{command} {smaller}", tree, timeout=300)
+        return
+    folder = Training.parse(command).config(monkeypatch, *smaller.split()).job.dump_folder
+    trained[folder] = trained.get(folder, 0) + 2
+    command_line = f"{command} {smaller} --training.steps {trained[folder]}"
+    if trained[folder] > 2:  # this recipe was validated before
+        command_line += " --validation.enable false"
+    text = run(command_line, tree, timeout=300)
+    assert f"step {trained[folder]}/{trained[folder]} " in text and f"finished {trained[folder]} steps" in text
+    assert ("resumed from" in text) == (trained[folder] > 2)
+    if command == TRAIN[0]:
+        assert_promises_kept(tree)
+        assert "this job is finished" in run(command_line, tree, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def full_tree(tmp_path_factory):
+    return copied_tree(tmp_path_factory.mktemp("readme-in-full"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", RUN, ids=lambda command: command[:80])
+def test_in_full(command, full_tree):
+    text = run(command, full_tree, timeout=4 * 3600)
+    if command in TRAIN:
+        assert "finished" in text
+    if command == TRAIN[0]:
+        assert_promises_kept(full_tree)
