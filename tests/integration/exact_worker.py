@@ -33,7 +33,7 @@ from fvtitan.distributed import utils
 from fvtitan.methods.finetune import FineTuneMethod
 from tests.helpers import ROOT, read_checkpoint, train
 
-TIMEOUT = 180
+TIMEOUT = 600
 forkserver = multiprocessing.get_context("forkserver")
 forkserver.set_forkserver_preload(
     [

@@ -203,22 +203,22 @@ def trained() -> dict[str, int]:
 def test_small(command, tree, trained, monkeypatch):
     smaller = next((words for program, words in SMALL.items() if re.search(program, command)), "")
     if "--help" in command:
-        assert "usage:" in run(command, tree, timeout=300)
+        assert "usage:" in run(command, tree, timeout=900)
         return
     if command not in TRAIN:
-        run(f"{command} {smaller}", tree, timeout=300)
+        run(f"{command} {smaller}", tree, timeout=900)
         return
     folder = Training.parse(command).config(monkeypatch, *smaller.split()).job.dump_folder
     trained[folder] = trained.get(folder, 0) + 2
     command_line = f"{command} {smaller} --training.steps {trained[folder]}"
     if trained[folder] > 2:  # this recipe was validated before
         command_line += " --validation.enable false"
-    text = run(command_line, tree, timeout=300)
+    text = run(command_line, tree, timeout=900)
     assert f"step {trained[folder]}/{trained[folder]} " in text and f"finished {trained[folder]} steps" in text
     assert ("resumed from" in text) == (trained[folder] > 2)
     if command == TRAIN[0]:
         assert_promises_kept(tree)
-        assert "this job is finished" in run(command_line, tree, timeout=300)
+        assert "this job is finished" in run(command_line, tree, timeout=900)
 
 
 @pytest.fixture(scope="module")
