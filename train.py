@@ -174,13 +174,11 @@ def main() -> None:
             if checkpointer is not None:
                 checkpointer.maybe_finish()  # an asynchronous save that failed must not go unnoticed
             final = step == cfg.training.steps
-            with metrics.meter.excluded():
+            with metrics.meter.excluded():  # saved first: a validation that fails costs no training
                 if checkpointer is not None and (final or step % cfg.checkpoint.interval == 0):
                     versions = {"fvtitan": fvtitan.__version__, "torch": torch.__version__, "world_size": world_size}
                     files = {"config.toml": cfg.to_toml(), "versions.json": json.dumps(versions, indent=2)}
-                    checkpointer.save(
-                        step, states, extra_files=files
-                    )  # first: a validation that fails costs no training
+                    checkpointer.save(step, states, extra_files=files)
                 if validator is not None and (final or step % cfg.validation.interval == 0):
                     validator.run(step, ema, last=final)
 

@@ -1,7 +1,7 @@
 """Score models on moving shapes: sample held-out captions, judge the videos, print one table.
 
     python -m fvtitan.score                                             # tiny-wan at 50, 16 and 4 steps, and the VAE's ceiling
-    python -m fvtitan.score --models tiny-wan outputs/tiny_dfsft/checkpoint/step-1200 --num-frames 33 97 --steps 50
+    python -m fvtitan.score --models tiny-wan outputs/tiny_dfsft/checkpoint/step-1500 --num-frames 33 105 --steps 50
 
 A model is a pipeline in diffusers layout ("tiny-wan", a folder, a hub id), sampled by Euler steps, or a checkpoint of a run,
 sampled as its own method says; of a checkpoint the moving average is taken where there is one.
@@ -29,7 +29,7 @@ from fvtitan.errors import UserError, cli
 from fvtitan.flow_matching import ScheduleConfig, euler_ladder
 from fvtitan.methods import METHODS
 from fvtitan.models import MODELS
-from fvtitan.models.base import ModelBase
+from fvtitan.models.base import CausalModelBase, ModelBase
 from fvtitan.models.encoders import TextEncoder, VideoVAE
 from fvtitan.models.pipeline import TINY_WAN, pipeline_folder, pipeline_shift
 from fvtitan.models.wan import weights
@@ -128,6 +128,10 @@ def score_sources(
     prompts = [attributes.caption for attributes in held_out_combinations()]
     embeds = [row.bfloat16() for row in encoder.encode(prompts)]
     unconditional = dict(zip(("empty", "negative"), encoder.encode(["", WAN_NEGATIVE_PROMPT]), strict=True))
+    for model, *_ in loaded.values():  # a length that does not fit is an error before anything is sampled
+        if isinstance(model, CausalModelBase):
+            for num_frames in lengths:
+                model.causal.blocks((num_frames - 1) // vae.temporal_ratio + 1)
     for num_frames in lengths:
         for source, (model, own_spec, uncond) in loaded.items():
             model.uncond_embeds = unconditional[uncond].bfloat16()

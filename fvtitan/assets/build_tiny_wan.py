@@ -119,13 +119,13 @@ def provenance(vae_folder: str, transformer: str, seed: int, folder: Path) -> di
         "scores": {},
     }
     if transformer and (Path(transformer) / "config.toml").is_file():
-        run = Path(transformer).parents[1]
+        run, step = Path(transformer).parents[1], int(Path(transformer).name.removeprefix("step-"))
         record["transformer"] = {
             "recipe": read_toml(Path(transformer) / "config.toml").job.config_file,
-            "step": int(Path(transformer).name.removeprefix("step-")),
-            "minutes": round(training_minutes(run / "metrics.jsonl"), 1),
+            "step": step,
+            "minutes": round(training_minutes(run / "metrics.jsonl", step), 1),
         }
-    # The number of videos is that of the issue's table: 4 of each held-out caption.
+    # 4 videos of each held-out caption.
     for row, _ in score_sources(
         [str(folder)], pipeline=str(folder), steps=(50, 16, 4), lengths=(33,), num_videos=192, guidance=3.0
     ):
@@ -134,9 +134,9 @@ def provenance(vae_folder: str, transformer: str, seed: int, folder: Path) -> di
     return record
 
 
-def training_minutes(metrics: Path) -> float:
-    """Time in training steps, from the rates that were logged; validation and checkpoints not counted."""
-    records = [r for r in read_metrics(metrics) if "perf/step_seconds" in r]
+def training_minutes(metrics: Path, last_step: int) -> float:
+    """Time in the training steps up to `last_step`, from the rates that were logged; validation and checkpoints not counted."""
+    records = [r for r in read_metrics(metrics) if "perf/step_seconds" in r and r["step"] <= last_step]
     previous = [0, *(record["step"] for record in records)]
     steps = [record["step"] - before for record, before in zip(records, previous, strict=False)]
     return sum(n * record["perf/step_seconds"] for n, record in zip(steps, records, strict=True)) / 60

@@ -155,8 +155,8 @@ def latent_statistics(vae, seed: int) -> tuple[Tensor, Tensor]:
     """Mean of each latent channel, and the scale it is divided by: halfway (geometrically) between the channel's own
     standard deviation and one scale for all, so that the normalised latents have unit mean square.
 
-    Dividing each by its own deviation would make the faintest edges as loud as the colours: most of a diffusion model's
-    loss would be details that nothing predicts. One scale for all would leave motion and edges to the last steps.
+    A compromise between making the faintest edges as loud as the colours (each by its own deviation) and leaving edges to
+    the last sampling steps (one scale for all). Its effect was not isolated.
     """
     latents = sample_latents(vae, seed)
     mean, std = latents.mean((0, 2, 3, 4)), latents.std((0, 2, 3, 4))

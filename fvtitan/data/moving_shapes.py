@@ -254,7 +254,7 @@ def _circular_mean(weights: np.ndarray) -> np.ndarray:
 
 
 def _concentration(alpha: np.ndarray) -> float:
-    """How far the mass of `[T, H, W]` gathers at one place of the torus, 0 to 1, over the frames that have any: 0.7 and
+    """How far the mass of `[T, H, W]` gathers at one place of the torus, 0 to 1, over the frames that have any: 0.5 and
     more for rendered shapes, below 0.02 for noise. The smaller of the two axes' resultant lengths."""
     alpha = alpha[alpha.any((1, 2))]
     lengths = []

@@ -111,6 +111,11 @@ def test_rows_and_table(checkpoint):
     assert again[0] == rows[0].scores  # noise is fixed
 
 
+def test_a_length_that_does_not_fit_is_refused_before_sampling(checkpoint):
+    with pytest.raises(UserError, match="25 latent frames do not divide into blocks of 3; nearest: 24"):
+        next(score_sources(["tiny-wan", str(checkpoint)], steps=(1,), lengths=(9, 97), num_videos=1, guidance=3.0))
+
+
 def test_the_program(tmp_path):
     command = [sys.executable, "-m", "fvtitan.score"]
     small = ["--steps", "1", "--num-frames", "9", "--num-videos", "1", "--output", str(tmp_path)]
@@ -141,10 +146,15 @@ def test_bad_arguments_are_one_line(arguments, message, monkeypatch, capsys):
 
 
 def test_training_minutes_come_from_the_rates(tmp_path):
-    records = [{"step": 1, "perf/step_seconds": 60.0}, {"step": 5, "perf/step_seconds": 30.0}, {"step": 5.5, "x": 1}]
+    records = [
+        {"step": 1, "perf/step_seconds": 60.0},
+        {"step": 5, "perf/step_seconds": 30.0},
+        {"step": 6, "x": 1},
+        {"step": 7, "perf/step_seconds": 9.0},
+    ]
     path = tmp_path / "metrics.jsonl"
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    assert training_minutes(path) == pytest.approx(1 + 4 * 0.5)
+    assert training_minutes(path, 6) == pytest.approx(1 + 4 * 0.5)
 
 
 def test_the_shipped_transformer_is_a_tiny_one():

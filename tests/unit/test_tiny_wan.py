@@ -14,10 +14,6 @@ from fvtitan.assets.build_tiny_wan import build_pipeline, transformer_tensors
 from fvtitan.data import moving_shapes as ms
 from fvtitan.models.encoders import VideoVAE
 
-pytestmark = pytest.mark.skipif(
-    not (tiny_wan_path() / "model_index.json").is_file(), reason=f"tiny-wan is not built: {tiny_wan_path()}"
-)
-
 
 def round_trip(num_frames: int, step: int, seed: int = 1) -> tuple[dict[str, float], int]:
     """The judge's scores of every step-th combination after encode and decode, and how many there were."""
@@ -71,8 +67,8 @@ def test_building_again_keeps_the_given_parts(tmp_path):
 
 
 def test_the_vae_keeps_every_attribute():
-    scores, count = round_trip(33, 23)
-    assert count == 26 and min(scores[name] for name in ("colour", "shape", "direction")) >= 0.97, scores
+    scores, count = round_trip(33, 11)
+    assert count == 53 and min(scores[name] for name in ("colour", "shape", "direction")) >= 0.97, scores
 
 
 @pytest.mark.slow

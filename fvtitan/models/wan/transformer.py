@@ -313,9 +313,10 @@ def init_parameter(name: str, shape: torch.Size, cfg: WanConfig, seed: Callable[
     """The initial value of one parameter, as a full float32 CPU tensor. `seed(stream)` is a generator for a named stream.
 
     Linear weights Xavier-uniform, biases zero, norm weights one, the output projection zero (the untrained model predicts
-    zero velocity), modulation normal(1 / sqrt(dim)). Two things differ from the published initialisation, which would need
-    a long training to come to the same: the gates start around one, so that self-attention counts from the first step, and
-    queries and keys start with equal biases in RoPE's fast channels, so that heads look at near-by places first.
+    zero velocity), modulation normal(1 / sqrt(dim)). Two things differ from the published initialisation: the gates start
+    around one, so that self-attention counts from the first step, and queries and keys start with equal biases in RoPE's
+    fast channels, so that heads look at near-by places first (tiny flavor, one seed each: loss 0.650 against 0.701 after
+    500 steps).
     """
     if name.endswith(("self_attn.q.bias", "self_attn.k.bias")):
         return _neighbourhood_bias(cfg, seed(name.replace(".k.bias", ".q.bias")))
