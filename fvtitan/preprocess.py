@@ -1,10 +1,13 @@
-"""Videos and captions -> latent cache.
+"""Videos and captions, or prompts alone -> latent cache.
 
     python -m fvtitan.preprocess --data DIR --model PIPELINE --output CACHE --width 832 --height 480 --num-frames 81
+    python -m fvtitan.preprocess --prompts FILE --model PIPELINE --output CACHE
 
-DIR holds `metadata.jsonl` (`{"file_name": ..., "caption": ...}` a line) or `clip.mp4` beside `clip.txt`. Every file ends as
-a sample or as a line in `skipped.jsonl` with the reason. Under torchrun the work is split over the ranks, with the same
-result. A run that was interrupted, at any moment, goes on where it stopped.
+DIR holds `metadata.jsonl` (`{"file_name": ..., "caption": ...}` a line) or `clip.mp4` beside `clip.txt`. FILE is text with
+one prompt a line, or `.jsonl` with an object a line (`{"caption": ...}`); its cache has no latents, for methods that train
+without videos, and no VAE is read. Every file or prompt ends as a sample or as a line in `skipped.jsonl` with the reason.
+Under torchrun the work is split over the ranks, with the same result. A run that was interrupted, at any moment, goes on
+where it stopped.
 """
 
 from __future__ import annotations
@@ -15,7 +18,6 @@ import hashlib
 import importlib.metadata
 import json
 import os
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -28,17 +30,19 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from fvtitan.components.files import write_atomic
-from fvtitan.components.metrics import duration
+from fvtitan.components.progress import Progress
 from fvtitan.data.latent_cache import FORMAT_VERSION, fingerprint, read_jsonl, stack_text, text_key
-from fvtitan.data.listing import Record, list_records
+from fvtitan.data.listing import Record, list_prompts, list_records
 from fvtitan.data.video import VideoError, VideoLimits, read_video
-from fvtitan.distributed.utils import close_distributed
+from fvtitan.distributed.utils import close_distributed, on_rank_zero
 from fvtitan.errors import UserError, cli
 
 SHARD_SAMPLES = 64
 # Small clips are encoded up to 8 at a time; one of 81 x 480 x 832 fills a VAE by itself.
 ENCODE_BATCH, ENCODE_PIXELS = 8, 2**23
-PROGRESS_SECONDS = 10
+# What a cache is made from: the option, and what lies there.
+SOURCES = {"data": "videos or captions", "prompts": "prompts"}
+VIDEO_OPTIONS = ("width", "height", "num_frames", "fps", *(limit.name for limit in dataclasses.fields(VideoLimits)))
 # Wan's default negative prompt, as published with the model.
 WAN_NEGATIVE_PROMPT = (
     "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，"
@@ -49,11 +53,12 @@ WAN_NEGATIVE_PROMPT = (
 
 @dataclass(frozen=True)
 class PreprocessConfig:
-    """What `python -m fvtitan.preprocess` does; its options have the same names."""
+    """What `python -m fvtitan.preprocess` does; its options have the same names. Either `data` or `prompts` is empty."""
 
     data: str
     model: str
     output: str
+    prompts: str = ""
     width: int = 832
     height: int = 480
     num_frames: int = 81
@@ -64,7 +69,28 @@ class PreprocessConfig:
     device: str = ""
     limits: VideoLimits = field(default_factory=VideoLimits)
 
+    @property
+    def unit(self) -> str:
+        """What progress and errors count."""
+        return "prompts" if self.prompts else "files"
+
     def check(self) -> None:
+        if bool(self.data) == bool(self.prompts):
+            raise UserError("need exactly one of --data (a folder of videos and captions) and --prompts (a file)")
+        if not 0 <= self.max_bad_fraction <= 1:
+            raise UserError(f"--max-bad-fraction {self.max_bad_fraction}: must be in [0, 1]")
+        if self.prompts:
+            self._check_prompts()
+        else:
+            self._check_data()
+
+    def _check_prompts(self) -> None:
+        path = Path(self.prompts)
+        if not path.is_file():
+            found = "a folder" if path.is_dir() else "not a regular file" if path.exists() else "no such file"
+            raise UserError(f"--prompts {path}: {found}; need a file with one prompt a line (videos: --data)")
+
+    def _check_data(self) -> None:
         if self.num_frames < 1 or self.num_frames % 4 != 1:
             below = max(1, (self.num_frames - 1) // 4 * 4 + 1)
             raise UserError(f"--num-frames {self.num_frames}: must be 4n + 1; nearest: {below} or {below + 4}")
@@ -75,8 +101,6 @@ class PreprocessConfig:
                 raise UserError(f"--{name} {value}: must be a multiple of 16; nearest: {below} or {below + 16}")
         if self.fps < 1:
             raise UserError(f"--fps {self.fps}: must be >= 1")
-        if not 0 <= self.max_bad_fraction <= 1:
-            raise UserError(f"--max-bad-fraction {self.max_bad_fraction}: must be in [0, 1]")
         if not Path(self.data).is_dir():
             raise UserError(f"--data {self.data}: no such folder")
 
@@ -94,21 +118,23 @@ def build_contract(cfg: PreprocessConfig, records: list[Record]) -> dict[str, An
     from fvtitan.models.encoders import component_hash
     from fvtitan.models.pipeline import pipeline_folder, pipeline_text_len
 
-    folder = pipeline_folder(cfg.model, "tokenizer", "text_encoder", "vae")
+    parts = ("tokenizer", "text_encoder") if cfg.prompts else ("tokenizer", "text_encoder", "vae")
+    folder = pipeline_folder(cfg.model, *parts)
     listing = hashlib.sha256()
     for record in records:
         listing.update(json.dumps(dataclasses.astuple(record)).encode())
+    content, hashes = listing.hexdigest(), {part: component_hash(folder / part) for part in parts}
+    encoders = {"text_len": pipeline_text_len(folder), **hashes}
+    if cfg.prompts:
+        return {"prompts": content, "size": None, "negative_prompt": cfg.negative_prompt, "encoders": encoders}
     return {
-        "data": listing.hexdigest(),
+        "data": content,
         "size": {"width": cfg.width, "height": cfg.height, "num_frames": cfg.num_frames, "fps": cfg.fps},
         "limits": dataclasses.asdict(cfg.limits),
         "negative_prompt": cfg.negative_prompt,
         "pixel_range": [-1, 1],
         "latents": "(mode - latents_mean) / latents_std, bfloat16, [T, C, H, W]",
-        "encoders": {
-            "text_len": pipeline_text_len(folder),
-            **{part: component_hash(folder / part) for part in ("tokenizer", "text_encoder", "vae")},
-        },
+        "encoders": encoders,
         "decoder": f"PyAV {importlib.metadata.version('av')}",
     }
 
@@ -119,6 +145,19 @@ def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
     return {
         k: v for key, value in tree.items() for k, v in _flatten(value, f"{prefix}.{key}" if prefix else key).items()
     }
+
+
+def _difference(recorded: dict[str, Any], wanted: dict[str, Any]) -> str:
+    """The first thing in which two contracts differ, in words; empty when they are the same."""
+    old, new = _flatten(recorded), _flatten(wanted)
+    for source in SOURCES:
+        if source in old and source not in new:
+            return f"it was made with --{source}"
+    for key in sorted(old.keys() | new.keys()):
+        if old.get(key) != new.get(key):
+            other = f"{key}: other {SOURCES[key]} than those in --{key} now" if key in SOURCES else ""
+            return other or f"{key} is {old.get(key)!r} there and {new.get(key)!r} now"
+    return ""
 
 
 def _adopt_folder(cfg: PreprocessConfig, contract: dict[str, Any]) -> bool:
@@ -132,17 +171,14 @@ def _adopt_folder(cfg: PreprocessConfig, contract: dict[str, Any]) -> bool:
         _clear(output)
     if recorded.is_file():
         try:
-            old, new = _flatten(json.loads(recorded.read_text(encoding="utf-8"))), _flatten(contract)
+            difference = _difference(json.loads(recorded.read_text(encoding="utf-8")), contract)
         except ValueError as error:
             raise UserError(f"{recorded} is damaged ({error}): --overwrite makes the cache again") from None
-        for key in sorted(old.keys() | new.keys()):
-            if old.get(key) != new.get(key):
-                was = f"{key} is {old.get(key)!r} there and {new.get(key)!r} now"
-                was = "data: other videos or captions than those in --data now" if key == "data" else was
-                raise UserError(
-                    f"--output {output} was made under another contract: {was}; use another folder, or --overwrite to "
-                    "make it again"
-                )
+        if difference:
+            raise UserError(
+                f"--output {output} was made under another contract: {difference}; use another folder, or --overwrite to "
+                "make it again"
+            )
         return (output / "manifest.json").is_file()
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"--output {output} exists and is not a cache of ours: use another folder")
@@ -179,20 +215,41 @@ def _write_shard(
     name: str, records: list[Record], cfg: PreprocessConfig, encode_text, vae, report: Callable[[int], None]
 ) -> None:
     """Encode one shard's records; its `.jsonl` comes last and says that the shard is whole. `report(n)`: n more done."""
-    output, root = Path(cfg.output), Path(cfg.data)
+    if cfg.prompts:
+        lines, tensors = [_prompt_line(name, record) for record in records], {}
+    else:
+        lines, tensors = _encode_videos(name, records, cfg, vae, report)
+    captions = sorted({line["caption"] for line in lines if "caption" in line})
+    for start in range(0, len(captions), ENCODE_BATCH):
+        batch = captions[start : start + ENCODE_BATCH]
+        for caption, embeds in zip(batch, encode_text(batch), strict=True):
+            tensors[text_key(caption)] = embeds.to(torch.bfloat16).cpu().contiguous()
+    for line in lines:
+        if "key" in line:
+            line["shape"] = list(tensors[line["key"]].shape)
+    write_atomic(Path(cfg.output) / name, save(tensors))
+    write_atomic(Path(cfg.output) / f"{name}.jsonl", _jsonl(lines))
+    if cfg.prompts:
+        report(len(records))
+
+
+def _encode_videos(
+    name: str, records: list[Record], cfg: PreprocessConfig, vae, report: Callable[[int], None]
+) -> tuple[list[dict[str, Any]], dict[str, torch.Tensor]]:
+    """A line for each record of the shard `name`, and the latents of the usable ones."""
+    root = Path(cfg.data)
     size = {"num_frames": cfg.num_frames, "height": cfg.height, "width": cfg.width}
     encode_batch = max(1, min(ENCODE_BATCH, ENCODE_PIXELS // (cfg.num_frames * cfg.height * cfg.width)))
     tensors: dict[str, torch.Tensor] = {}
     lines: list[dict[str, Any]] = []
-    pending: list[tuple[dict[str, Any], torch.Tensor]] = []
+    pending: list[tuple[str, torch.Tensor]] = []
 
     def flush() -> None:
         if not pending:
             return
         pixels = torch.stack([frames for _, frames in pending]).permute(0, 1, 4, 2, 3).float() / 127.5 - 1
-        for (line, _), latents in zip(pending, vae.encode(pixels), strict=True):
-            tensors[line["key"]] = latents.to(torch.bfloat16).cpu().contiguous()
-            line["shape"] = list(latents.shape)
+        for (key, _), latents in zip(pending, vae.encode(pixels), strict=True):
+            tensors[key] = latents.to(torch.bfloat16).cpu().contiguous()
         report(len(pending))
         pending.clear()
 
@@ -201,10 +258,9 @@ def _write_shard(
         if not problem:
             try:
                 frames = read_video(root / record.file, **size, fps=cfg.fps, limits=cfg.limits)
-                line = {"sample_id": record.file, "caption": record.caption, "shard": name}
-                line |= {"key": f"latents.{position:05d}", "shape": [], "source_sha256": _sha256(root / record.file)}
-                lines.append(line)
-                pending.append((line, frames))
+                key = f"latents.{position:05d}"
+                lines.append(_sample_line(name, record, key, _sha256(root / record.file)))
+                pending.append((key, frames))
             except VideoError as error:
                 problem = str(error)
         if problem:
@@ -213,13 +269,20 @@ def _write_shard(
         if len(pending) == encode_batch:
             flush()
     flush()
-    captions = sorted({line["caption"] for line in lines if "caption" in line})
-    for start in range(0, len(captions), ENCODE_BATCH):
-        batch = captions[start : start + ENCODE_BATCH]
-        for caption, embeds in zip(batch, encode_text(batch), strict=True):
-            tensors[text_key(caption)] = embeds.to(torch.bfloat16).cpu().contiguous()
-    write_atomic(output / name, save(tensors))
-    write_atomic(output / f"{name}.jsonl", _jsonl(lines))
+    return lines, tensors
+
+
+def _prompt_line(name: str, record: Record) -> dict[str, Any]:
+    if record.problem:
+        return _skipped_line(record.file, record.problem)
+    source = hashlib.sha256(record.caption.encode()).hexdigest()
+    return _sample_line(name, record, text_key(record.caption), source)
+
+
+def _sample_line(shard: str, record: Record, key: str, source_sha256: str) -> dict[str, Any]:
+    """The shape is filled in when the tensor `key` is there."""
+    line = {"sample_id": record.file, "caption": record.caption, "shard": shard}
+    return line | {"key": key, "shape": [], "source_sha256": source_sha256}
 
 
 def _skipped_line(file: str, reason: str) -> dict[str, Any]:
@@ -247,11 +310,11 @@ def _commit(cfg: PreprocessConfig, contract: dict[str, Any], num_shards: int, ig
         limit = f", more than --max-bad-fraction {cfg.max_bad_fraction:g}" if samples else ""
         first = f"{skipped[0]['file']}: {skipped[0]['reason']}"
         raise UserError(
-            f"{bad} of {total} files cannot be used{limit}: see {output / 'skipped.jsonl'}; the first: {first}"
+            f"{bad} of {total} {cfg.unit} cannot be used{limit}: see {output / 'skipped.jsonl'}; the first: {first}"
         )
     shapes: dict[str, int] = {}
     for sample in samples:
-        shape = "x".join(map(str, sample["shape"]))
+        shape = "prompts" if cfg.prompts else "x".join(map(str, sample["shape"]))
         shapes[shape] = shapes.get(shape, 0) + 1
     packages = ("torch", "av", "diffusers", "transformers", "safetensors")
     manifest = {
@@ -282,11 +345,12 @@ def preprocess(cfg: PreprocessConfig) -> None:
     output = Path(cfg.output)
 
     def plan() -> tuple[list[Record], list[Record], dict[str, Any], bool]:
-        records, ignored = list_records(Path(cfg.data), exclude=output)
+        source = Path(cfg.prompts or cfg.data)
+        records, ignored = (list_prompts(source), []) if cfg.prompts else list_records(source, exclude=output)
         contract = build_contract(cfg, records)
         return records, ignored, contract, _adopt_folder(cfg, contract)
 
-    records, ignored, contract, finished = _on_rank_zero(plan)
+    records, ignored, contract, finished = on_rank_zero(plan)
     if finished:
         if rank == 0:
             print(f"{output}: finished before, nothing to do", flush=True)
@@ -297,83 +361,60 @@ def preprocess(cfg: PreprocessConfig) -> None:
     need_prompts = rank == 0 and not (output / "prompts.safetensors").is_file()
     device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
     text_encoder = TextEncoder(cfg.model, device=device) if todo or need_prompts else None
-    vae = VideoVAE(cfg.model, device=device) if todo else None
+    vae = VideoVAE(cfg.model, device=device) if todo and cfg.data else None
     parts = {number: records[number * SHARD_SAMPLES : (number + 1) * SHARD_SAMPLES] for number in todo}
-    progress = _Progress(sum(map(len, parts.values())), " of this rank" if world > 1 else "", quiet=rank != 0)
+    progress = Progress(
+        "preprocess", sum(map(len, parts.values())), cfg.unit + (" of this rank" if world > 1 else ""), quiet=rank != 0
+    )
     for number, part in parts.items():
         _write_shard(_shard_name(number), part, cfg, text_encoder.encode, vae, progress.add)
     if need_prompts:
         write_atomic(output / "prompts.safetensors", save(stack_text(text_encoder.encode(["", cfg.negative_prompt]))))
     if world > 1:
         dist.barrier()
-    samples, skipped = _on_rank_zero(lambda: _commit(cfg, contract, num_shards, ignored))
+    samples, skipped = on_rank_zero(lambda: _commit(cfg, contract, num_shards, ignored))
     if rank == 0:
-        note = f", {skipped} files skipped (see skipped.jsonl)" if skipped else ""
+        note = f", {skipped} {cfg.unit} skipped (see skipped.jsonl)" if skipped else ""
         print(f"{output}: {samples} samples{note}", flush=True)
-
-
-class _Progress:
-    """A plain line every PROGRESS_SECONDS, and at the end."""
-
-    def __init__(self, total: int, whose: str, quiet: bool):
-        self.total, self.whose, self.quiet = total, whose, quiet
-        self.done, self.start = 0, time.monotonic()
-        self.printed = self.start
-
-    def add(self, count: int) -> None:
-        self.done += count
-        now = time.monotonic()
-        if not self.quiet and (self.done == self.total or now - self.printed > PROGRESS_SECONDS):
-            self.printed = now
-            left = (now - self.start) / self.done * (self.total - self.done)
-            print(f"preprocess: {self.done}/{self.total} clips{self.whose}, {duration(left)} left", flush=True)
-
-
-def _on_rank_zero(action: Callable[[], Any]) -> Any:
-    """What `action` returns on rank 0, or the `UserError` it raises there, on every rank."""
-    outcome: list[Any] = [None, ""]
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        try:
-            outcome[0] = action()
-        except UserError as error:
-            outcome[1] = str(error)
-    if dist.is_initialized():
-        dist.broadcast_object_list(outcome)
-    if outcome[1]:
-        raise UserError(outcome[1])
-    return outcome[0]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m fvtitan.preprocess", description="Videos and captions -> latent cache.", allow_abbrev=False
+        prog="python -m fvtitan.preprocess",
+        description="Videos and captions, or prompts alone -> latent cache.",
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,  # what is parsed is what was given; the defaults are PreprocessConfig's
     )
-    parser.add_argument("--data", required=True, help="folder with metadata.jsonl, or clip.mp4 beside clip.txt")
-    parser.add_argument(
-        "--model", required=True, help='pipeline with VAE and text encoder: folder, hub id, or "tiny-wan"'
-    )
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--data", help="folder with metadata.jsonl, or clip.mp4 beside clip.txt")
+    source.add_argument("--prompts", help="text file with one prompt a line, or .jsonl: a cache without latents")
+    parser.add_argument("--model", required=True, help='pipeline in diffusers layout: folder, hub id, or "tiny-wan"')
     parser.add_argument("--output", required=True, help="cache folder to make, or to finish")
-    parser.add_argument("--width", type=int, default=832, help="pixels, a multiple of 16 (default 832)")
-    parser.add_argument("--height", type=int, default=480, help="pixels, a multiple of 16 (default 480)")
-    parser.add_argument("--num-frames", type=int, default=81, help="frames of a clip, 4n + 1 (default 81)")
-    parser.add_argument("--fps", type=int, default=16, help="frame rate that videos are resampled to (default 16)")
-    parser.add_argument("--negative-prompt", default=WAN_NEGATIVE_PROMPT, help="default: Wan's own")
-    parser.add_argument("--max-bad-fraction", type=float, default=0.1, help="more unusable files are an error (0.1)")
-    parser.add_argument("--max-bytes", type=int, default=VideoLimits.max_bytes, help="largest file read")
-    parser.add_argument("--max-seconds", type=float, default=VideoLimits.max_seconds, help="longest video read")
-    parser.add_argument("--max-pixels", type=int, default=VideoLimits.max_pixels, help="largest frame read")
-    parser.add_argument("--max-frames", type=int, default=VideoLimits.max_frames, help="most frames decoded of a file")
+    parser.add_argument("--negative-prompt", help="default: Wan's own")
+    parser.add_argument("--max-bad-fraction", type=float, help="more unusable files or prompts are an error (0.1)")
     parser.add_argument("--overwrite", action="store_true", help="replace a cache made under another contract")
-    parser.add_argument("--device", default="", help="default: cuda when there is one, else cpu")
+    parser.add_argument("--device", help="default: cuda when there is one, else cpu")
+    clips = parser.add_argument_group("only with --data")
+    clips.add_argument("--width", type=int, help="pixels, a multiple of 16 (default 832)")
+    clips.add_argument("--height", type=int, help="pixels, a multiple of 16 (default 480)")
+    clips.add_argument("--num-frames", type=int, help="frames of a clip, 4n + 1 (default 81)")
+    clips.add_argument("--fps", type=int, help="frame rate that videos are resampled to (default 16)")
+    clips.add_argument("--max-bytes", type=int, help="largest file read")
+    clips.add_argument("--max-seconds", type=float, help="longest video read")
+    clips.add_argument("--max-pixels", type=int, help="largest frame read")
+    clips.add_argument("--max-frames", type=int, help="most frames decoded of a file")
     args = vars(parser.parse_args())
-    limits = VideoLimits(**{field.name: args.pop(field.name) for field in dataclasses.fields(VideoLimits)})
+    useless = [f"--{name.replace('_', '-')}" for name in VIDEO_OPTIONS if name in args and "prompts" in args]
+    if useless:
+        raise UserError(f"{', '.join(useless)}: for --data only, a cache of --prompts has no clips: leave out")
+    limits = {limit.name: args.pop(limit.name) for limit in dataclasses.fields(VideoLimits) if limit.name in args}
     distributed = int(os.environ.get("WORLD_SIZE", 1)) > 1
     if distributed:
         dist.init_process_group("gloo", timeout=timedelta(days=7))  # a rank may wait long for the slowest shard
         if torch.cuda.is_available():
-            args["device"] = args["device"] or f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+            args["device"] = args.get("device") or f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
-        preprocess(PreprocessConfig(**args, limits=limits))
+        preprocess(PreprocessConfig(**{"data": "", **args}, limits=VideoLimits(**limits)))
     finally:
         if distributed:
             close_distributed()

@@ -3,9 +3,12 @@
 manifest.json            versions, contract (encoders and their hashes, size, rate), shards, fingerprint; written last
 shard-00000.safetensors  up to 64 samples: `latents.<row>` bf16 [T, C, H, W]; `text.<hash>` bf16 [L, D], true length
 samples.jsonl            one line a sample: id, caption, shape, where it lies, hash of its source
-skipped.jsonl            one line a file that was not used, and why
+skipped.jsonl            one line a file (or prompt) that was not used, and why
 shard-00000...jsonl      the shard's part of the two, by which an interrupted run knows that the shard is whole
 prompts.safetensors      `empty` and `negative`: the embeddings of the unconditional prompts
+
+A prompt-only cache, for methods that train without videos, has no `latents.<row>`: a sample's shape is its embedding's, its
+source the prompt, and the contract's size is null.
 """
 
 from __future__ import annotations
@@ -25,7 +28,10 @@ from torch.utils.data import Dataset
 from fvtitan.errors import UserError
 
 FORMAT_VERSION = 1
-REBUILD = "make it again with `python -m fvtitan.preprocess --data DIR --model PIPELINE --output CACHE --overwrite`"
+REBUILD = (
+    "make it again with `python -m fvtitan.preprocess --data DIR (or --prompts FILE) --model PIPELINE --output CACHE "
+    "--overwrite`"
+)
 
 
 def text_key(caption: str) -> str:
@@ -48,15 +54,40 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_bytes().split(b"\n") if line]
 
 
+class ShardFiles:
+    """The safetensors files of a folder, opened once by every process that reads: handles do not travel to workers.
+
+    Raises `UserError` for a name that leaves the folder; safetensors' and the system's errors come as they are.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._handles: dict[str, Any] = {}
+        self._pid = os.getpid()
+
+    def open(self, name: str) -> Any:
+        if self._pid != os.getpid():  # in a forked worker
+            self._handles, self._pid = {}, os.getpid()
+        if name not in self._handles:
+            if Path(name).name != name:
+                raise UserError(f"{self.folder}: the shard name {name!r} leaves the folder")
+            self._handles[name] = safe_open(self.folder / name, framework="pt")
+        return self._handles[name]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_handles": {}}
+
+
 class LatentCache(Dataset):
     """Map-style dataset over a latent cache, memory-mapped.
 
-    `cache[i]` is `{"sample_id", "caption", "latents": bf16 [T, C, H, W], "prompt_embeds": bf16 [L, D]}`. Damage that can be
-    seen without reading everything (missing or resized files, broken headers, missing samples) is found when it is opened.
+    `cache[i]` is `{"sample_id", "caption", "latents": bf16 [T, C, H, W], "prompt_embeds": bf16 [L, D]}`, without "latents" in
+    a cache of prompts or with `prompts_only` (`has_latents` is false), which is one bucket. Damage that can be seen without
+    reading everything (missing or resized files, broken headers, missing samples) is found when it is opened.
     Raises `UserError` naming the file and the way out.
     """
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path, *, prompts_only: bool = False):
         self.path = Path(path)
         self.manifest = self._read_manifest()
         self.fingerprint: str = self.manifest["fingerprint"]
@@ -77,8 +108,8 @@ class LatentCache(Dataset):
             raise UserError(f"{self.path / 'samples.jsonl'} is damaged: a line lacks {error}: {REBUILD}") from None
         if self.fingerprint != written_for:
             raise UserError(f"{self.path / 'samples.jsonl'} is not the list the manifest was written for: {REBUILD}")
-        self._handles: dict[str, Any] = {}
-        self._handles_pid = os.getpid()
+        self.has_latents: bool = self.manifest["contract"]["size"] is not None and not prompts_only
+        self._files = ShardFiles(self.path)
         self._check_shards()
         try:
             prompts = load_file(self.path / "prompts.safetensors")
@@ -87,7 +118,7 @@ class LatentCache(Dataset):
             raise UserError(f"{self.path / 'prompts.safetensors'} is damaged ({error}): {REBUILD}") from None
         shapes: dict[tuple[int, ...], list[int]] = {}
         for index, sample in enumerate(self.samples):
-            shapes.setdefault(tuple(sample["shape"]), []).append(index)
+            shapes.setdefault(tuple(sample["shape"]) if self.has_latents else (), []).append(index)
         self.bucket_shapes = sorted(shapes)
         self.bucket_indices = [shapes[shape] for shape in self.bucket_shapes]
 
@@ -96,24 +127,21 @@ class LatentCache(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         sample = self.samples[index]
+        keys = {"latents": sample["key"]} if self.has_latents else {}
+        keys["prompt_embeds"] = text_key(sample["caption"])
         try:
-            shard = self._shard(sample["shard"])
-            latents, embeds = shard.get_tensor(sample["key"]), shard.get_tensor(text_key(sample["caption"]))
+            shard = self._files.open(sample["shard"])
+            tensors = {name: shard.get_tensor(key) for name, key in keys.items()}
         except (SafetensorError, OSError) as error:
             raise UserError(
                 f"{self.path / sample['shard']}: sample {sample['sample_id']!r}: {error}: {REBUILD}"
             ) from None
-        for name, tensor in (("latents", latents), ("prompt_embeds", embeds)):
+        for name, tensor in tensors.items():
             if not torch.isfinite(tensor).all():
                 raise UserError(
                     f"{self.path / sample['shard']}: {name} of sample {sample['sample_id']!r} hold NaN or Inf: {REBUILD}"
                 )
-        return {
-            "sample_id": sample["sample_id"],
-            "caption": sample["caption"],
-            "latents": latents,
-            "prompt_embeds": embeds,
-        }
+        return {"sample_id": sample["sample_id"], "caption": sample["caption"], **tensors}
 
     def _read_manifest(self) -> dict[str, Any]:
         path = self.path / "manifest.json"
@@ -125,7 +153,7 @@ class LatentCache(Dataset):
             state = "is not finished (no manifest.json)" if started else state
             raise UserError(
                 f"data.path: the cache {self.path} {state}: "
-                "`python -m fvtitan.preprocess --data DIR --model PIPELINE --output CACHE` makes one"
+                "`python -m fvtitan.preprocess --data DIR (or --prompts FILE) --model PIPELINE --output CACHE` makes one"
             ) from None
         except (OSError, ValueError) as error:
             raise UserError(f"{path} is damaged ({error}): {REBUILD}") from None
@@ -150,7 +178,7 @@ class LatentCache(Dataset):
                 found = "is missing" if size is None else f"has {size} bytes"
                 raise UserError(f"{path} {found}, the manifest says {expected}: {REBUILD}")
             try:
-                shard = self._shard(name)
+                shard = self._files.open(name)
                 present = set(shard.keys())
                 missing = {key for s in samples for key in (s["key"], text_key(s["caption"]))} - present
                 if missing:
@@ -166,22 +194,9 @@ class LatentCache(Dataset):
             except (SafetensorError, OSError) as error:
                 raise UserError(f"{path} is damaged ({error}): {REBUILD}") from None
 
-    def _shard(self, name: str) -> Any:
-        """An open shard; a loader worker opens its own."""
-        if self._handles_pid != os.getpid():
-            self._handles, self._handles_pid = {}, os.getpid()
-        if name not in self._handles:
-            if Path(name).name != name:
-                raise UserError(f"{self.path}: the shard name {name!r} leaves the folder")
-            self._handles[name] = safe_open(self.path / name, framework="pt")
-        return self._handles[name]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_handles": {}}  # file handles do not travel to spawned workers
-
 
 def check_cache_geometry(cache: LatentCache, *, num_frames: int, height: int, width: int, fps: int) -> None:
-    """Raise `UserError` when the cache's clips are not of the size that [data] says."""
+    """Raise `UserError` when the clips of a cache that has latents are not of the size that [data] says."""
     size = cache.manifest["contract"]["size"]
     for key, value in (("num_frames", num_frames), ("height", height), ("width", width), ("fps", fps)):
         if size[key] != value:

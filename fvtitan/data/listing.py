@@ -1,4 +1,5 @@
-"""What a folder of videos and captions offers: every file is usable, or has its problem, before anything is decoded."""
+"""What a folder of videos and captions, or a file of prompts, offers: everything is usable, or has its problem, before
+anything is decoded."""
 
 from __future__ import annotations
 
@@ -9,16 +10,23 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from fvtitan.errors import UserError
 
 VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v")
 FILE_KEYS = ("file_name", "path", "video_path", "video")
 CAPTION_KEYS = ("caption", "text", "prompt", "cap")
 IDENTITY_BYTES = 2**16
+NUL_PROBLEM = "the line holds NUL: is the file UTF-16? need UTF-8"
 
 
 @dataclass(frozen=True)
 class Record:
-    """One video of the data set: its path in the root, its caption and content identity, or why it cannot be used."""
+    """One video of the data set: its path in the root, its caption and content identity, or why it cannot be used.
+
+    One prompt of a file of prompts: `file` is the file's name and the line, as `prompts.txt:12`, and `caption` the prompt.
+    """
 
     file: str
     caption: str = ""
@@ -56,6 +64,27 @@ def list_records(root: Path, exclude: Path | None = None) -> tuple[list[Record],
     return records, ignored
 
 
+def list_prompts(path: Path) -> list[Record]:
+    """The prompts of a file in its order, each usable or with its problem: one a line, or in `.jsonl` an object a line.
+
+    Empty lines do not count; a prompt that is listed twice is two. Raises `UserError` when the file cannot be read or has
+    no prompts.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"--prompts {path}: cannot be read: {error.strerror}") from None
+    name = path.name.encode("utf-8", "backslashreplace").decode()
+    read = _prompts_from_jsonl if path.suffix.lower() == ".jsonl" else _prompts_from_text
+    records = [
+        dataclasses.replace(record, problem=record.problem or _caption_problem(record.caption))
+        for record in read(name, content)
+    ]
+    if not records:
+        raise UserError(f"--prompts {path}: no prompts in it: need one a line")
+    return records
+
+
 def _walk(root: Path, exclude: Path | None) -> tuple[list[str], list[Record]]:
     """Paths of the visible files under `root`, sorted, and the folders that are links, which are not followed."""
     files: list[str] = []
@@ -71,29 +100,54 @@ def _walk(root: Path, exclude: Path | None) -> tuple[list[str], list[Record]]:
 
 
 def _from_metadata(path: Path) -> Iterator[Record]:
-    for number, line in enumerate(path.read_bytes().splitlines(), 1):
-        where = f"metadata.jsonl:{number}"
+    for where, entry, problem in _json_lines(path.name, path.read_bytes()):
+        file = next((entry[key] for key in FILE_KEYS if key in entry), None)
+        if problem:
+            yield Record(where, problem=problem)
+        elif not isinstance(file, str) or not file:
+            yield Record(where, problem=f"no file: need one of the keys {', '.join(FILE_KEYS)}")
+        else:
+            yield _captioned(_plain(file), entry)
+
+
+def _prompts_from_jsonl(name: str, content: bytes) -> Iterator[Record]:
+    for where, entry, problem in _json_lines(name, content):
+        yield Record(where, problem=problem) if problem else _captioned(where, entry)
+
+
+def _prompts_from_text(name: str, content: bytes) -> Iterator[Record]:
+    for number, line in enumerate(content.splitlines(), 1):
+        try:
+            prompt = line.decode("utf-8-sig").strip()
+        except UnicodeDecodeError:
+            yield Record(f"{name}:{number}", problem="the line is not UTF-8")
+            continue
+        if prompt:
+            yield Record(f"{name}:{number}", prompt, problem=NUL_PROBLEM if "\0" in prompt else "")
+
+
+def _json_lines(name: str, content: bytes) -> Iterator[tuple[str, dict[str, Any], str]]:
+    """Where each line that is not empty lies (`name:12`), and the object in it, or the problem with it."""
+    for number, line in enumerate(content.splitlines(), 1):
         if not line.strip():
             continue
+        entry, problem = {}, ""
         try:
             entry = json.loads(line.decode("utf-8-sig"))
         except UnicodeDecodeError:
-            yield Record(where, problem="the line is not UTF-8")
-            continue
+            problem = "the line is not UTF-8"
         except (ValueError, RecursionError) as error:
-            yield Record(where, problem=f"the line is not JSON: {error}")
-            continue
+            problem = f"the line is not JSON: {error}"
         if not isinstance(entry, dict):
-            yield Record(where, problem="the line is not a JSON object")
-            continue
-        file = next((entry[key] for key in FILE_KEYS if key in entry), None)
-        caption = next((entry[key] for key in CAPTION_KEYS if key in entry), None)
-        if not isinstance(file, str) or not file:
-            yield Record(where, problem=f"no file: need one of the keys {', '.join(FILE_KEYS)}")
-        elif not isinstance(caption, str):
-            yield Record(_plain(file), problem=f"no caption: need one of the keys {', '.join(CAPTION_KEYS)}")
-        else:
-            yield Record(_plain(file), caption)
+            entry, problem = {}, "the line is not a JSON object"
+        yield f"{name}:{number}", entry, problem
+
+
+def _captioned(file: str, entry: dict[str, Any]) -> Record:
+    caption = next((entry[key] for key in CAPTION_KEYS if key in entry), None)
+    if not isinstance(caption, str):
+        return Record(file, problem=f"no caption: need one of the keys {', '.join(CAPTION_KEYS)}")
+    return Record(file, caption)
 
 
 def _plain(file: str) -> str:

@@ -5,11 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch.distributed as dist
 
+from fvtitan.components.files import write_atomic
+from fvtitan.components.rng import fold
 from fvtitan.data.latent_cache import LatentCache, check_cache_geometry
-from fvtitan.data.moving_shapes import render_dataset
+from fvtitan.data.moving_shapes import render_dataset, training_combinations
+from fvtitan.distributed.utils import on_rank_zero
 from fvtitan.errors import UserError
+from fvtitan.methods import METHODS
 from fvtitan.preprocess import PreprocessConfig, preprocess
 
 if TYPE_CHECKING:
@@ -17,51 +22,68 @@ if TYPE_CHECKING:
 
 
 def prepare_data(cfg: JobConfig) -> None:
-    """Render and encode moving shapes where `data.moving_shapes_clips` asks for it and no cache exists; check the caches.
+    """Make caches of moving shapes where `data.moving_shapes_clips` asks for it and no cache exists; check the caches.
 
-    All ranks take part. Raises `UserError` when a cache is missing, damaged or of another size than [data] says.
+    Clips are rendered for what reads latents; a method that needs none gets their captions. All ranks take part. Raises
+    `UserError` when a cache is missing, damaged, of another size than [data] says, or lacks the latents that are read.
     """
-    wanted = [(cfg.data.path, cfg.data.moving_shapes_clips, "train")]
+    if METHODS[cfg.method.name].needs_latents(cfg):
+        _prepare_videos(cfg, "data.path", cfg.data.path, cfg.data.moving_shapes_clips, "train")
+    else:
+        _prepare_prompts(cfg)
     if cfg.validation.enable and cfg.validation.heldout_path:
-        wanted.append((cfg.validation.heldout_path, cfg.validation.heldout_clips, "held_out"))
-    for path, num_clips, split in wanted:
-        if cfg.data.moving_shapes_clips and not (Path(path) / "manifest.json").is_file():
-            _make_moving_shapes(cfg, Path(path), num_clips, split)
-        size = {"num_frames": cfg.data.num_frames, "height": cfg.data.height, "width": cfg.data.width}
-        check_cache_geometry(LatentCache(path), **size, fps=cfg.data.fps)
+        validation = cfg.validation
+        _prepare_videos(cfg, "validation.heldout_path", validation.heldout_path, validation.heldout_clips, "held_out")
 
 
-def _make_moving_shapes(cfg: JobConfig, cache: Path, num_clips: int, split: str) -> None:
+def _prepare_videos(cfg: JobConfig, option: str, path: str, num_clips: int, split: str) -> None:
+    if _to_be_made(cfg, path):
+        _render(cfg, Path(path), num_clips, split)
+    cache = LatentCache(path)
+    if not cache.has_latents:
+        reader = f'method.name = "{cfg.method.name}" as configured' if option == "data.path" else "validation/loss"
+        raise UserError(
+            f"{option} = {path!r} is a cache of prompts without latents, and {reader} needs the latents of videos: give "
+            f"another {option}; `python -m fvtitan.preprocess --data DIR --model PIPELINE --output CACHE` makes one"
+        )
+    size = {"num_frames": cfg.data.num_frames, "height": cfg.data.height, "width": cfg.data.width}
+    check_cache_geometry(cache, **size, fps=cfg.data.fps)
+
+
+def _prepare_prompts(cfg: JobConfig) -> None:
+    """Only prompts are read: either kind of cache will do, of clips of any size."""
+    if _to_be_made(cfg, cfg.data.path):
+        cache = Path(cfg.data.path)
+        prompts = cache.with_name(f"{cache.name}_prompts.txt")
+        on_rank_zero(lambda: _write_captions(prompts, cfg.data.moving_shapes_clips, cfg.training.seed))
+        preprocess(PreprocessConfig(data="", prompts=str(prompts), model=cfg.data.pipeline, output=str(cache)))
+    LatentCache(cfg.data.path)
+
+
+def _to_be_made(cfg: JobConfig, path: str) -> bool:
+    return cfg.data.moving_shapes_clips > 0 and not (Path(path) / "manifest.json").is_file()
+
+
+def _write_captions(path: Path, num_clips: int, seed: int) -> None:
+    """The distinct captions of the `num_clips` training clips that `render_dataset` would render, in its order."""
+    combinations = training_combinations()
+    order = np.random.RandomState(fold(seed, "combinations", 0)).permutation(len(combinations))[:num_clips]
+    content = "".join(f"{combinations[i].caption}\n" for i in order).encode()
+    if path.is_file() and path.read_bytes() == content:
+        return
+    if path.exists():
+        raise UserError(f"{path} exists and holds other prompts than this run's: remove it, or use another data.path")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    print(f"writing {len(order)} captions of moving shapes into {path}", flush=True)
+    write_atomic(path, content)
+
+
+def _render(cfg: JobConfig, cache: Path, num_clips: int, split: str) -> None:
     """Videos in `<cache>_videos`, the cache in `<cache>`."""
     data = cfg.data
     videos = cache.with_name(f"{cache.name}_videos")
-    problem: list[str | None] = [None]
-    if dist.get_rank() == 0:
+    size = {"num_frames": data.num_frames, "height": data.height, "width": data.width, "fps": data.fps}
+    if not dist.is_initialized() or dist.get_rank() == 0:
         print(f"rendering {num_clips} clips of moving shapes ({split}) into {videos}", flush=True)
-        try:
-            render_dataset(
-                videos,
-                num_clips,
-                num_frames=data.num_frames,
-                height=data.height,
-                width=data.width,
-                fps=data.fps,
-                seed=cfg.training.seed,
-                split=split,
-            )
-        except UserError as error:
-            problem = [str(error)]
-    dist.broadcast_object_list(problem)
-    if problem[0]:
-        raise UserError(problem[0])
-    preprocess(
-        PreprocessConfig(
-            data=str(videos),
-            model=data.pipeline,
-            output=str(cache),
-            width=data.width,
-            height=data.height,
-            num_frames=data.num_frames,
-            fps=data.fps,
-        )
-    )
+    on_rank_zero(lambda: render_dataset(videos, num_clips, **size, seed=cfg.training.seed, split=split))
+    preprocess(PreprocessConfig(data=str(videos), model=data.pipeline, output=str(cache), **size))

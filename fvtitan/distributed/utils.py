@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -85,6 +87,21 @@ def reshard(module: nn.Module) -> None:
             part.reshard()
 
 
+@contextlib.contextmanager
+def gathered(module: nn.Module) -> Iterator[None]:
+    """Inside, a sharded module keeps what its forwards gather, so that several in a row gather once. For modules that are
+    built to reshard after a forward, as they do again afterwards."""
+    parts = [part for part in module.modules() if isinstance(part, FSDPModule)]
+    for part in parts:
+        part.set_reshard_after_forward(False, recurse=False)
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.set_reshard_after_forward(True, recurse=False)
+        reshard(module)
+
+
 def clip_grad_norm(modules: Iterable[nn.Module], max_norm: float) -> Tensor:
     """Scale the gradients so that their global L2 norm is at most `max_norm`; returns the norm before, a 0-d tensor.
 
@@ -103,6 +120,21 @@ def mean_over_ranks(values: dict[str, Tensor | float], device: torch.device) -> 
     stacked = torch.stack([torch.as_tensor(values[key], dtype=torch.float64, device="cpu") for key in keys]).to(device)
     dist.all_reduce(stacked)
     return dict(zip(keys, (stacked / dist.get_world_size()).tolist(), strict=True))
+
+
+def on_rank_zero(action: Callable[[], Any]) -> Any:
+    """What `action` returns on rank 0, or the `UserError` it raises there, on every rank."""
+    outcome: list[Any] = [None, ""]
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        try:
+            outcome[0] = action()
+        except UserError as error:
+            outcome[1] = str(error)
+    if dist.is_initialized():
+        dist.broadcast_object_list(outcome)
+    if outcome[1]:
+        raise UserError(outcome[1])
+    return outcome[0]
 
 
 def log(message: str) -> None:

@@ -1,4 +1,4 @@
-"""Folder -> cache with real files, real encoders, real processes."""
+"""Folder or file of prompts -> cache with real files, real encoders, real processes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ import pytest
 import torch
 
 from fvtitan import preprocess as pp
+from fvtitan.assets import tiny_wan_path
 from fvtitan.data import moving_shapes as ms
+from fvtitan.data.dataloader import BatchStream
 from fvtitan.data.latent_cache import LatentCache
 from fvtitan.data.video import write_video
 from fvtitan.errors import UserError
@@ -26,19 +28,21 @@ from tests.helpers import ROOT
 
 SIZE = {"width": 32, "height": 32, "num_frames": 5}
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
-ARGUMENTS = ["--model", "tiny-wan", "--width", "32", "--height", "32", "--num-frames", "5"]
+SIZE_ARGUMENTS = ["--width", "32", "--height", "32", "--num-frames", "5"]
 
 
-def launch(data: Path, output: Path, ranks: int = 1, *extra: str) -> list[str]:
+def launch(source: Path, output: Path, ranks: int = 1, *extra: str) -> list[str]:
+    """A folder of videos or a file of prompts, preprocessed."""
     launcher = [sys.executable, "-m", "fvtitan.preprocess"]
     if ranks > 1:
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "-m"]
         launcher.append("fvtitan.preprocess")
-    return [*launcher, "--data", str(data), "--output", str(output), *ARGUMENTS, *extra]
+    given = ["--data", str(source), *SIZE_ARGUMENTS] if source.is_dir() else ["--prompts", str(source)]
+    return [*launcher, *given, "--output", str(output), "--model", "tiny-wan", *extra]
 
 
-def run(data: Path, output: Path, ranks: int = 1, *extra: str) -> subprocess.CompletedProcess:
-    command = launch(data, output, ranks, *extra)
+def run(source: Path, output: Path, ranks: int = 1, *extra: str) -> subprocess.CompletedProcess:
+    command = launch(source, output, ranks, *extra)
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=ENVIRONMENT, timeout=300)
 
 
@@ -54,6 +58,35 @@ def cache(videos, tmp_path_factory):
     output = tmp_path_factory.mktemp("cache") / "cache"
     pp.preprocess(pp.PreprocessConfig(str(videos), "tiny-wan", str(output), **SIZE))
     return output
+
+
+@pytest.fixture(scope="module")
+def prompts(videos):
+    """The captions of `videos` in their order, then twice all there are: 21 shards."""
+    lines = [json.loads(line)["caption"] for line in (videos / "metadata.jsonl").read_text().splitlines()]
+    path = videos.with_name("prompts.txt")
+    path.write_text("".join(f"{caption}\n" for caption in lines + 2 * [a.caption for a in ms.all_combinations()]))
+    return path
+
+
+@pytest.fixture(scope="module")
+def prompt_cache(prompts, tmp_path_factory):
+    output = tmp_path_factory.mktemp("prompts") / "cache"
+    pp.preprocess(config_of(prompts, output))
+    return output
+
+
+@pytest.fixture(params=["videos", "prompts"])
+def either(request):
+    """(source, the cache made of it) of both kinds."""
+    names = {"videos": "cache", "prompts": "prompt_cache"}
+    return request.getfixturevalue(request.param), request.getfixturevalue(names[request.param])
+
+
+def config_of(source: Path, output: Path, **keys: object) -> pp.PreprocessConfig:
+    """What `launch` does."""
+    given = {"data": str(source), **SIZE} if source.is_dir() else {"data": "", "prompts": str(source)}
+    return pp.PreprocessConfig(**given, model="tiny-wan", output=str(output), **keys)
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -81,15 +114,42 @@ def test_a_cache_holds_what_it_should(videos, cache):
     assert manifest["num_samples"] == 140 and manifest["buckets"] == {"2x16x4x4": 140}
 
 
-def test_two_ranks_make_the_same_cache(videos, cache, tmp_path):
-    done = run(videos, tmp_path / "cache", 2)
+def test_prompts_have_the_embeddings_of_captions(prompts, prompt_cache, cache):
+    data, with_videos = LatentCache(prompt_cache), LatentCache(cache)
+    assert with_videos.has_latents and not data.has_latents
+    assert len(data) == 1292 and data.bucket_indices == [list(range(1292))]
+    for i in (0, 77, 139):
+        sample, other = data[i], with_videos[i]
+        assert sample.keys() == {"sample_id", "caption", "prompt_embeds"}
+        assert (sample["sample_id"], sample["caption"]) == (f"prompts.txt:{i + 1}", other["caption"])
+        torch.testing.assert_close(sample["prompt_embeds"], other["prompt_embeds"], atol=2e-2, rtol=0)
+    assert [sample["caption"] for sample in data.samples].count(data[0]["caption"]) == 3  # samples of their own
+    assert torch.equal(data.empty_prompt_embeds, with_videos.empty_prompt_embeds)
+    assert torch.equal(data.negative_prompt_embeds, with_videos.negative_prompt_embeds)
+    assert data.manifest["num_samples"] == 1292 and data.manifest["buckets"] == {"prompts": 1292}
+    assert not any(
+        name.startswith("latents") for shard in data.manifest["shards"] for name in data._files.open(shard).keys()
+    )
+
+
+def test_batches_of_prompts(prompt_cache):
+    stream = BatchStream(LatentCache(prompt_cache), global_batch_size=323, local_batch_size=323, seed=0, num_workers=1)
+    batches = [next(stream) for _ in range(4)]  # an epoch
+    stream.close()
+    assert "latents" not in batches[0] and all(len(embeds.shape) == 2 for embeds in batches[0]["prompt_embeds"])
+    assert sorted(i for batch in batches for i in batch["sample_indices"].tolist()) == list(range(1292))
+
+
+def test_two_ranks_make_the_same_cache(either, tmp_path):
+    source, cache = either
+    done = run(source, tmp_path / "cache", 2)
     assert done.returncode == 0, done.stderr[-2000:]
     assert content(tmp_path / "cache") == content(cache)
 
 
-def start(data: Path, output: Path, ranks: int = 1) -> subprocess.Popen:
+def start(source: Path, output: Path, ranks: int = 1) -> subprocess.Popen:
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    return subprocess.Popen(launch(data, output, ranks), cwd=ROOT, env=ENVIRONMENT, **quiet)
+    return subprocess.Popen(launch(source, output, ranks), cwd=ROOT, env=ENVIRONMENT, **quiet)
 
 
 def kill(process: subprocess.Popen) -> None:
@@ -105,9 +165,10 @@ def kill(process: subprocess.Popen) -> None:
     process.wait()
 
 
-def test_a_killed_run_goes_on_where_it_stopped(videos, cache, tmp_path):
+def test_a_killed_run_goes_on_where_it_stopped(either, tmp_path):
+    source, cache = either
     output = tmp_path / "cache"
-    process = start(videos, output)
+    process = start(source, output)
     first = output / "shard-00000.safetensors.jsonl"
     while not first.is_file():
         assert process.poll() is None
@@ -117,20 +178,20 @@ def test_a_killed_run_goes_on_where_it_stopped(videos, cache, tmp_path):
         LatentCache(output)
     (output / ".shard-00001.safetensors.1.tmp").write_bytes(b"half a shard")
     kept = first.stat().st_mtime_ns
-    config = pp.PreprocessConfig(str(videos), "tiny-wan", str(output), **SIZE)
-    pp.preprocess(config)
+    pp.preprocess(config_of(source, output))
     assert first.stat().st_mtime_ns == kept
     assert content(output) == content(cache)  # nothing else lies there either
 
 
-def test_a_shard_that_is_no_longer_whole_is_made_again(videos, cache, tmp_path):
+def test_a_shard_that_is_no_longer_whole_is_made_again(either, tmp_path):
+    source, cache = either
     output = shutil.copytree(cache, tmp_path / "cache")
     (output / "manifest.json").unlink()
     shard = output / "shard-00001.safetensors"
     shard.write_bytes(shard.read_bytes()[:1000])
     (output / "shard-00002.safetensors").unlink()
     kept = (output / "shard-00000.safetensors").stat().st_mtime_ns
-    pp.preprocess(pp.PreprocessConfig(str(videos), "tiny-wan", str(output), **SIZE))
+    pp.preprocess(config_of(source, output))
     assert content(output) == content(cache) and (output / "shard-00000.safetensors").stat().st_mtime_ns == kept
 
 
@@ -152,11 +213,12 @@ def test_killed_before_and_between_the_first_files(videos, cache, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_killed_at_any_moment(videos, cache, tmp_path, ranks):
+def test_killed_at_any_moment(either, tmp_path, ranks):
+    source, cache = either
     output = tmp_path / "cache"
     delays = random.Random(ranks)
     for _ in range(12):
-        process = start(videos, output, ranks)
+        process = start(source, output, ranks)
         time.sleep(delays.uniform(1.5, 9))
         finished = process.poll() == 0
         if not finished:
@@ -165,7 +227,7 @@ def test_killed_at_any_moment(videos, cache, tmp_path, ranks):
             break
         with pytest.raises(UserError):
             LatentCache(output)
-    done = run(videos, output, ranks)
+    done = run(source, output, ranks)
     assert done.returncode == 0, done.stderr[-2000:]
     assert content(output) == content(cache)
 
@@ -348,13 +410,113 @@ def test_pairs_and_empty_folders(tmp_path):
         pp.preprocess(pp.PreprocessConfig(str(tmp_path / "nothing"), "tiny-wan", str(tmp_path / "e"), **SIZE))
 
 
-def test_program_errors_are_one_line(videos, tmp_path):
-    for extra, message in (
-        (["--num-frames", "6"], "--num-frames 6: must be 4n + 1; nearest: 5 or 9"),
-        (["--width", "40"], "--width 40: must be a multiple of 16; nearest: 32 or 48"),
-        (["--model", "nowhere"], "'nowhere' is neither"),
+def test_every_prompt_is_a_sample_or_has_a_reason(tmp_path):
+    text = tmp_path / "prompts.txt"
+    text.write_bytes(b"\xef\xbb\xbf first \r\n\n  \n\xff\xfe\nh\0i\0\nfirst\nleft\xe2\x80\xa8right")
+    rows = [
+        {"file_name": "gone.mp4", "caption": "a"},
+        {"prompt": "b"},
+        {"text": "b"},
+        {"caption": " "},
+        {"Caption": "c"},
+    ]
+    rows += [{"caption": 3}, {"caption": "half \ud800"}]
+    lines = [json.dumps(row).encode() for row in rows] + [b"", b'{"caption": "\xff"}', b"{", b"[1]", b"[" * 100_000]
+    objects = tmp_path / "half \udcff.JSONL"  # a name that is not UTF-8
+    objects.write_bytes(b"\n".join(lines))
+    no_caption = "no caption: need one of the keys caption, text, prompt, cap"
+    expected = {
+        text: (
+            {"prompts.txt:1": "first", "prompts.txt:6": "first", "prompts.txt:7": "left\u2028right"},
+            {"prompts.txt:4": "the line is not UTF-8", "prompts.txt:5": "the line holds NUL: is the file UTF-16?"},
+        ),
+        objects: (
+            {f"half \\udcff.JSONL:{i}": caption for i, caption in enumerate("abb", 1)},
+            {
+                f"half \\udcff.JSONL:{i}": reason
+                for i, reason in (
+                    (4, "the caption is empty"),
+                    (5, no_caption),
+                    (6, no_caption),
+                    (7, "the caption is not Unicode text"),
+                    (9, "the line is not UTF-8"),
+                    (10, "the line is not JSON"),
+                    (11, "the line is not a JSON object"),
+                    (12, "the line is not JSON"),
+                )
+            },
+        ),
+    }
+    for number, (source, (samples, reasons)) in enumerate(expected.items()):
+        output = tmp_path / f"cache{number}"
+        pp.preprocess(config_of(source, output, max_bad_fraction=1.0))
+        assert {s["sample_id"]: s["caption"] for s in LatentCache(output).samples} == samples
+        skipped = [json.loads(line) for line in (output / "skipped.jsonl").read_text().splitlines()]
+        assert [entry["file"] for entry in skipped] == list(reasons)
+        for entry in skipped:
+            assert entry["reason"].startswith(reasons[entry["file"]]), entry
+    with pytest.raises(
+        UserError, match=r"8 of 11 prompts cannot be used, more than --max-bad-fraction 0.7: .* first: half"
     ):
-        done = run(videos, tmp_path / "c", 1, *extra)
+        pp.preprocess(config_of(objects, tmp_path / "strict", max_bad_fraction=0.7))
+
+
+def test_other_prompts_are_another_contract(tmp_path, capsys):
+    source, output = tmp_path / "prompts.txt", tmp_path / "cache"
+    source.write_text("a prompt\n")
+    pp.preprocess(config_of(source, output))
+    pp.preprocess(config_of(source, output))
+    assert "finished before, nothing to do" in capsys.readouterr().out
+    source.write_text("another prompt\n")
+    with pytest.raises(UserError, match="prompts: other prompts than those in --prompts now"):
+        pp.preprocess(config_of(source, output))
+    with pytest.raises(UserError, match="negative_prompt is"):
+        pp.preprocess(config_of(source, output, negative_prompt="blurry"))
+    pp.preprocess(config_of(source, output, overwrite=True))
+    assert LatentCache(output)[0]["caption"] == "another prompt"
+    ms.render_dataset(tmp_path / "videos", 1, num_frames=5, height=32, width=32)
+    with pytest.raises(UserError, match="it was made with --prompts; use another folder, or --overwrite"):
+        pp.preprocess(config_of(tmp_path / "videos", output))
+    pp.preprocess(config_of(tmp_path / "videos", output, overwrite=True))
+    assert LatentCache(output).has_latents
+    with pytest.raises(UserError, match="it was made with --data; use another folder, or --overwrite"):
+        pp.preprocess(config_of(source, output))
+
+
+def test_prompts_need_no_vae(tmp_path):
+    pipeline = shutil.copytree(tiny_wan_path(), tmp_path / "pipeline", ignore=shutil.ignore_patterns("vae"))
+    (tmp_path / "prompts.txt").write_text("a prompt\n")
+    pp.preprocess(dataclasses.replace(config_of(tmp_path / "prompts.txt", tmp_path / "c"), model=str(pipeline)))
+    assert "vae" not in LatentCache(tmp_path / "c").manifest["contract"]["encoders"]
+
+
+def test_files_that_are_no_prompts(tmp_path):
+    (tmp_path / "empty.txt").write_text(" \n\n")
+    os.mkfifo(tmp_path / "pipe")
+    for source, message in (
+        (tmp_path / "nowhere.txt", "--prompts .*nowhere.txt: no such file; need a file with one prompt a line"),
+        (tmp_path / "pipe", "--prompts .*pipe: not a regular file"),
+        (tmp_path / "empty.txt", "--prompts .*empty.txt: no prompts in it"),
+    ):
+        with pytest.raises(UserError, match=message):
+            pp.preprocess(config_of(source, tmp_path / "c"))
+    for data, prompts in ((str(tmp_path), str(tmp_path / "empty.txt")), ("", "")):
+        with pytest.raises(UserError, match="need exactly one of --data .* and --prompts"):
+            pp.preprocess(pp.PreprocessConfig(data, "tiny-wan", str(tmp_path / "c"), prompts=prompts))
+    with pytest.raises(UserError, match="--prompts .*: a folder; need a file .* \\(videos: --data\\)"):
+        pp.preprocess(pp.PreprocessConfig("", "tiny-wan", str(tmp_path / "c"), prompts=str(tmp_path)))
+    assert not (tmp_path / "c").exists()
+
+
+def test_program_errors_are_one_line(videos, prompts, tmp_path):
+    useless = ["--width", "832", "--max-frames", "7"]  # also where they repeat the default
+    for source, extra, message in (
+        (videos, ["--num-frames", "6"], "--num-frames 6: must be 4n + 1; nearest: 5 or 9"),
+        (videos, ["--width", "40"], "--width 40: must be a multiple of 16; nearest: 32 or 48"),
+        (videos, ["--model", "nowhere"], "'nowhere' is neither"),
+        (prompts, useless, "--width, --max-frames: for --data only, a cache of --prompts has no clips: leave out"),
+    ):
+        done = run(source, tmp_path / "c", 1, *extra)
         assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1, done.stderr
 
 

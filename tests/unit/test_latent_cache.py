@@ -46,6 +46,19 @@ def rewrite(cache: Path, samples: list[dict] | None = None, tensors: dict[str, t
     edit_manifest(cache, fingerprint=fingerprint(contract, samples), num_samples=len(samples), shards=size)
 
 
+@pytest.fixture
+def prompts(copy) -> Path:
+    """The captions of `copy` as a prompt-only cache."""
+    samples = read_jsonl(copy / "samples.jsonl")
+    texts = {key: value for key, value in load_file(copy / SHARD).items() if key.startswith("text.")}
+    for sample in samples:
+        key = text_key(sample["caption"])
+        sample |= {"key": key, "shape": list(texts[key].shape)}
+    edit_manifest(copy, contract={"encoders": {"text_len": 32}, "size": None})
+    rewrite(copy, samples, texts)
+    return copy
+
+
 def test_samples_and_prompts_come_back(whole):
     data, tensors = LatentCache(whole), load_file(whole / SHARD)
     assert len(data) == 12 and data.fingerprint == data.manifest["fingerprint"]
@@ -56,6 +69,38 @@ def test_samples_and_prompts_come_back(whole):
     assert torch.equal(sample["prompt_embeds"], tensors[text_key("caption 7")])
     assert sample["prompt_embeds"].shape == (5, 64)  # 3 + 7 % 5 tokens: the true length
     assert data.empty_prompt_embeds.shape == (1, 64) and data.negative_prompt_embeds.shape == (4, 64)
+
+
+def test_a_cache_of_prompts_has_no_latents(whole, prompts):
+    data, with_latents = LatentCache(prompts), LatentCache(whole)
+    assert with_latents.has_latents and not data.has_latents
+    expected = {key: value for key, value in with_latents[7].items() if key != "latents"}
+    sample = data[7]
+    assert torch.equal(sample.pop("prompt_embeds"), expected.pop("prompt_embeds")) and sample == expected
+    assert data.bucket_shapes == [()] and data.bucket_indices == [list(range(12))]  # however long the prompts are
+    assert data.fingerprint != with_latents.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {text_key("caption 4"): torch.zeros(6, 64).bfloat16()},
+            r"sample '4.mp4' is BF16 \[6, 64\], samples.jsonl says",
+        ),
+        ({text_key("caption 4"): torch.zeros(7, 64)}, r"sample '4.mp4' is F32 \[7, 64\]"),
+        ({text_key("caption 4"): None}, f"lacks '{text_key('caption 4')}'"),
+        (
+            {text_key("caption 4"): torch.full((7, 64), torch.nan).bfloat16()},
+            "prompt_embeds of sample '4.mp4' hold NaN",
+        ),
+    ],
+)
+def test_damaged_prompts_are_named(prompts, change, message):
+    tensors = {key: value for key, value in (load_file(prompts / SHARD) | change).items() if value is not None}
+    rewrite(prompts, tensors=tensors)
+    with pytest.raises(UserError, match=message):
+        LatentCache(prompts)[4]
 
 
 def test_buckets_hold_each_sample_once(copy):
@@ -77,6 +122,12 @@ def test_fingerprint_follows_content_only(copy):
     assert fingerprint(contract | {"encoders": {"text_len": 64}}, samples) != reference
     assert fingerprint(contract, samples[::-1]) != reference
     assert fingerprint(contract, [samples[0] | {"source_sha256": "x"}, *samples[1:]]) != reference
+
+
+def test_fingerprints_of_existing_caches_stay():
+    sample = {"sample_id": "0.mp4", "caption": "caption ü", "source_sha256": "ab"}
+    made = fingerprint({"encoders": {"text_len": 32}, "size": GEOMETRY}, [sample])
+    assert made == "797365d7f88c8844c4cff82651b77fc4ee468239de9d379fa50f090a29fcab49"
 
 
 def test_only_a_newline_ends_a_line(copy):
