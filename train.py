@@ -66,13 +66,12 @@ def main() -> None:
             write_atomic(dump_folder / "config.toml", cfg.to_toml())
 
         # ----------------------------------------------- roles, method (optimizers and schedules by role)
-        roles = build_roles(cfg, mesh, device)
-        for role, model in roles.items():
-            count = sum(p.numel() for p in model.transformer.parameters())
-            source = cfg.models[role].init_from or "random initialisation"
-            log(f"{role}: {cfg.models[role].name}, {count / 1e6:.2f} M parameters from {source}")
-        method = METHODS[cfg.method.name](cfg=cfg, role_models=roles)
+        method_class = METHODS[cfg.method.name]
+        roles = build_roles(cfg, mesh, device, method_class.needed_roles(cfg))
+        method = method_class(cfg=cfg, role_models=roles)
         method.on_train_start()
+        if method.description():
+            log(method.description())
         student = method.student.transformer
 
         # ------------------------------------------------------------------------ loader, EMA, what is saved
@@ -133,12 +132,13 @@ def main() -> None:
 
         # ------------------------------------------------------------------------------------- the train loop
         accumulation = batches.accumulation
+        values: dict[str, torch.Tensor | float] = {}  # the newest of every role since the last logged step
         for step in range(first_step, cfg.training.steps + 1):
             if step % cfg.training.gc_freq == 0:
                 gc.collect()
-            values = {}
             for role in method.phases(step):
                 module, optimizer = method.role_modules[role], method.optimizers[role]
+                phase: dict[str, torch.Tensor | float] = {}
                 for micro_batch in range(accumulation):
                     with metrics.meter.waiting():
                         batch = next(batches)
@@ -147,15 +147,15 @@ def main() -> None:
                     loss, extra = method.single_train_step(batch, step, role)
                     (loss / accumulation).backward()  # every sample of the global batch weighs the same
                     for name, value in {f"loss/{role}": loss, **extra}.items():
-                        values[name] = values.get(name, 0.0) + value.detach() / accumulation
+                        phase[name] = phase.get(name, 0.0) + value.detach() / accumulation
 
                 grad_norm = clip_grad_norm(method.get_grad_clip_targets(role), cfg.training.max_norm)
                 if not torch.isfinite(grad_norm):  # the norm is global: every rank sees it, none updates
                     raise FloatingPointError(
                         f"step {step}: the gradient norm of {role} is {float(grad_norm)}; its loss on rank {rank} is "
-                        f"{float(values[f'loss/{role}'])}. Nothing was updated; samples: {batch['sample_ids']}"
+                        f"{float(phase[f'loss/{role}'])}. Nothing was updated; samples: {batch['sample_ids']}"
                     )
-                values |= {f"grad_norm/{role}": grad_norm, f"lr/{role}": optimizer.param_groups[0]["lr"]}
+                values |= phase | {f"grad_norm/{role}": grad_norm, f"lr/{role}": optimizer.param_groups[0]["lr"]}
                 optimizer.step()
                 optimizer.zero_grad()
                 method.lr_schedulers[role].step()
@@ -163,13 +163,17 @@ def main() -> None:
                     ema.update(step)
             train_state.step = step
 
-            tokens = method.student.num_tokens(batch["latents"].shape)
+            tokens = method.student.num_tokens(method.latent_shape(batch))
             phases = len(method.phases(step))
             metrics.meter.count(
                 clips=phases * batches.sampler.global_batch_size, tokens=phases * tokens * accumulation * world_size
             )
             if metrics.due(step):
-                metrics.log_step(step, mean_over_ranks(values, device))
+                values = mean_over_ranks(values, device)
+                metrics.log_step(step, values)
+                for warning in method.warnings(values):
+                    log(f"WARNING, step {step}: {warning}")
+                values = {}
 
             if checkpointer is not None:
                 checkpointer.maybe_finish()  # an asynchronous save that failed must not go unnoticed
@@ -177,7 +181,9 @@ def main() -> None:
             with metrics.meter.excluded():  # saved first: a validation that fails costs no training
                 if checkpointer is not None and (final or step % cfg.checkpoint.interval == 0):
                     versions = {"fvtitan": fvtitan.__version__, "torch": torch.__version__, "world_size": world_size}
+                    sizes = {role: model.sizes for role, model in roles.items() if model.trainable}
                     files = {"config.toml": cfg.to_toml(), "versions.json": json.dumps(versions, indent=2)}
+                    files["roles.json"] = json.dumps(sizes, indent=2)
                     checkpointer.save(step, states, extra_files=files)
                 if validator is not None and (final or step % cfg.validation.interval == 0):
                     validator.run(step, ema, last=final)

@@ -89,9 +89,17 @@ class RoleConfig:
     flavor: str = ""
     """Sizes by name: tiny, 1.3B, 14B. Empty: the sizes of `init_from`."""
     init_from: str = ""
-    """Initial weights: a folder in diffusers layout, a hub id, or "tiny-wan" (the shipped one). Empty: random."""
+    """Initial weights: a folder in diffusers layout, a hub id, "tiny-wan" (the shipped one), or the checkpoint of a run,
+    `.../checkpoint/step-<N>`. Empty: random."""
+    init_role: str = "student"
+    """init_from a checkpoint: which of its roles."""
+    init_weights: Literal["auto", "ema", "raw"] = "auto"
+    """init_from a checkpoint: the role's moving average, or its own weights; auto: the average where there is one."""
     trainable: bool = True
     """Whether this role is trained."""
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """In which a frozen role's weights lie in memory and are computed; auto: training.mixed_precision_param. The weights of
+    trained roles are float32."""
     frames_per_block: int = 0
     """wan_causal: latent frames of a block (Self-Forcing: 3)."""
     independent_first_frame: bool = False
@@ -110,6 +118,11 @@ class RoleConfig:
         _require(
             bool(self.flavor or self.init_from),
             f"models.{role}: give flavor (tiny, 1.3B, 14B), init_from (a folder or hub id), or both",
+        )
+        _require(
+            not self.trainable or self.dtype == "auto",
+            f"models.{role}.dtype = {self.dtype!r}: the weights of a trained role are float32, computed in "
+            "training.mixed_precision_param; remove it",
         )
         causal_keys = ("frames_per_block", "independent_first_frame", "local_attn_frames", "sink_frames")
         if self.name == "wan":
@@ -165,7 +178,12 @@ class DataSection:
     uncond_prompt: Literal["empty", "negative"] = "empty"
     """The prompt of the unconditional branch, in training (caption dropout) and sampling alike."""
     moving_shapes_clips: int = 0
-    """When `path` does not exist: render this many captioned clips of moving shapes and preprocess them. 0: never."""
+    """When `path` does not exist: render this many captioned clips of moving shapes and preprocess them; only their captions
+    when the method trains without videos. 0: never."""
+
+    def latent_size(self) -> tuple[int, int, int]:
+        """(T, H, W) of a clip's latents: Wan's VAE makes one frame of the first, then one of every 4, and 1/8 of each side."""
+        return (self.num_frames - 1) // 4 + 1, self.height // 8, self.width // 8
 
     def check(self) -> None:
         _require(
@@ -370,6 +388,14 @@ class JobConfig:
         """[optimizer] with this role's overrides."""
         return _overlay(self.optimizer, self.models[role].optimizer)
 
+    def role_dtypes(self, role: str) -> tuple[str, str]:
+        """(of the weights in memory, of the computation)."""
+        model, compute = self.models[role], self.training.mixed_precision_param
+        if model.trainable:
+            return "float32", compute
+        dtype = compute if model.dtype == "auto" else model.dtype
+        return dtype, dtype
+
     def role_lr_scheduler(self, role: str) -> LRSchedulerConfig:
         """[lr_scheduler] with this role's overrides."""
         return _overlay(self.lr_scheduler, self.models[role].lr_scheduler)
@@ -389,7 +415,7 @@ class JobConfig:
         ):
             getattr(self, section).check()
         method = METHODS[self.method.name]
-        roles = method.roles
+        roles = (*method.roles, *method.optional_roles)
         for role, model in self.models.items():
             _require(
                 role in roles, f"[models.{role}] is not a role of {self.method.name!r}.{did_you_mean(role, roles)}"
@@ -397,7 +423,7 @@ class JobConfig:
             model.check(role)
             self.role_optimizer(role).check(f"models.{role}.optimizer")
             self.role_lr_scheduler(role).check(f"models.{role}.lr_scheduler")
-        for role in roles:
+        for role in method.roles:
             _require(role in self.models, f"method {self.method.name!r} needs the role {role!r}: add [models.{role}]")
         _require(
             self.models["student"].name == method.student_model,
@@ -410,14 +436,13 @@ class JobConfig:
                 self._check_blocks(role, model)
 
     def _check_blocks(self, role: str, model: RoleConfig) -> None:
-        frames = (self.data.num_frames - 1) // 4 + 1
         try:
-            model.causal().blocks(frames)
+            model.causal().blocks(self.data.latent_size()[0])
         except UserError as error:
             raise UserError(f"data.num_frames = {self.data.num_frames}, models.{role}: {error}") from None
 
-    def check_world(self, world_size: int) -> None:
-        """Degrees and batch sizes against the number of processes."""
+    def check_world(self, world_size: int, *, training: bool = True) -> None:
+        """Degrees and, for `training`, batch sizes against the number of processes."""
         replicate, shard = self.data_parallel_degrees(world_size)
         _require(
             replicate * shard == world_size,
@@ -426,7 +451,7 @@ class JobConfig:
         )
         local, total = self.training.local_batch_size, self.global_batch_size(world_size)
         _require(
-            total % (local * world_size) == 0,
+            not training or total % (local * world_size) == 0,
             f"training.global_batch_size = {total}: must be a multiple of local_batch_size x ranks = {local} x "
             f"{world_size}; nearest: {_nearest_multiples(total, local * world_size)}",
         )
@@ -549,8 +574,9 @@ def _with_python_booleans(argv: list[str]) -> list[str]:
     return words
 
 
-def load_config(argv: list[str]) -> JobConfig:
-    """Configuration from `--job.config_file FILE` and overrides `--section.key value` (or `=value`), checked.
+def load_config(argv: list[str], *, training: bool = True) -> JobConfig:
+    """Configuration from `--job.config_file FILE` and overrides `--section.key value` (or `=value`), checked; without
+    `training`, batch sizes need not fit the number of processes.
 
     Raises `UserError` for everything that is wrong in it.
     """
@@ -576,7 +602,7 @@ def load_config(argv: list[str]) -> JobConfig:
         text = " ".join(line.strip(" │╭╮╰╯─") for line in message.getvalue().splitlines()).strip()
         raise UserError(f"command line: {' '.join(text.split())}") from None
     cfg.check()
-    cfg.check_world(world_size_from_environment())
+    cfg.check_world(world_size_from_environment(), training=training)
     return cfg
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -127,6 +128,11 @@ def loss_weight(sigma: Tensor, kind: Literal["none", "bell"], shift: float) -> T
         return torch.ones_like(sigma)
     lowest, mean = _bell_constants(shift)
     return ((torch.exp(-2 * (sigma - 0.5) ** 2) - lowest) / mean).clamp_min(0.0)
+
+
+def few_step_ladder(timesteps: Sequence[float], shift: float) -> tuple[float, ...]:
+    """Sigmas of a few-step student, from its timesteps (0 - 1000, before the shift) down to 0."""
+    return (*[float(shift_sigma(timestep / NUM_TIMESTEPS, shift)) for timestep in timesteps], 0.0)
 
 
 def euler_ladder(num_steps: int, shift: float) -> list[float]:

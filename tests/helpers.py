@@ -8,6 +8,7 @@ import runpy
 import sys
 from pathlib import Path
 
+import tomli_w
 import torch
 from safetensors.torch import save_file
 
@@ -126,6 +127,58 @@ def causal_recipe(folder: Path, frames_per_block: int = 1) -> Path:
         f'[models.student]\nflavor = "tiny"\nname = "wan_causal"\nframes_per_block = {frames_per_block}\n'
         '[method]\nname = "dfsft"\n'
     )
+    return path
+
+
+def dmd2_recipe(folder: Path, models: dict[str, dict[str, object]] | None = None, **method: object) -> Path:
+    """A TOML file, written into `folder`, of tiny roles under DMD2; `models` adds keys to roles, `method` to [method]."""
+    roles: dict[str, dict[str, object]] = {
+        "student": {"init_from": "tiny-wan"},
+        "teacher": {"init_from": "tiny-wan", "trainable": False},
+        "critic": {"init_from": "tiny-wan"},
+    }
+    for role, keys in (models or {}).items():
+        roles[role] = {**roles[role], **keys}
+    path = folder / "dmd2.toml"
+    path.write_text(tomli_w.dumps({"models": roles, "method": {"name": "dmd2", **method}}))
+    return path
+
+
+def self_forcing_recipe(folder: Path, models: dict[str, dict[str, object]] | None = None, **method: object) -> Path:
+    """A TOML file, written into `folder`, of tiny roles under self_forcing, with blocks of one frame; `models` adds keys to
+    roles, `method` to [method]."""
+    models = dict(models or {})
+    models["student"] = {"name": "wan_causal", "frames_per_block": 1, **models.get("student", {})}
+    return dmd2_recipe(folder, models, **{"name": "self_forcing", **method})
+
+
+def kd_recipe(folder: Path, models: dict[str, dict[str, object] | None] | None = None, **method: object) -> Path:
+    """A TOML file, written into `folder`, of tiny roles under kd, or kd_causal with blocks of one frame. `models` adds keys
+    to roles, or removes a role that is None; `method` adds to [method]."""
+    method = {
+        "name": "kd",
+        "teacher_path_cache": str(folder / "trajectories"),
+        "num_trajectories": 12,
+        "teacher_inference_steps": 4,
+        "student_sample_steps": 2,
+        **method,
+    }
+    blocks = {"name": "wan_causal", "frames_per_block": 1}
+    roles: dict[str, dict[str, object]] = {
+        "student": {"init_from": "tiny-wan", **(blocks if method["name"] == "kd_causal" else {})},
+        "teacher": {
+            "init_from": "tiny-wan",
+            "trainable": False,
+            **(blocks if method.get("teacher_forcing") else {}),
+        },
+    }
+    for role, keys in (models or {}).items():
+        roles[role] = {**roles.get(role, {}), **(keys or {})}
+        if keys is None:
+            del roles[role]
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{method['name']}.toml"
+    path.write_text(tomli_w.dumps({"models": roles, "method": method}))
     return path
 
 

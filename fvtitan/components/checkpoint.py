@@ -562,6 +562,12 @@ def _read_manifest(path: Path) -> dict[str, tuple[int, str]]:
     return files
 
 
+def read_tensor_names(path: str | Path, prefix: str) -> list[str]:
+    """The names below `prefix` of one state's tensors; [] when the checkpoint holds no such state."""
+    saved, _ = _read_index(Path(path), _read_manifest(Path(path)))
+    return [key.removeprefix(f"{prefix}.") for key in saved if key.startswith(f"{prefix}.")]
+
+
 def read_tensors(path: str | Path, prefix: str) -> dict[str, Tensor]:
     """The tensors of one state (`roles.student.transformer`, `ema.student`), full, by the names below `prefix`; {} when the
     checkpoint holds no such state. For one process that needs no run: scoring, building, exporting.

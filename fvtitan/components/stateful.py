@@ -171,6 +171,33 @@ class TrainState:
         self.step = state_dict["step"]
 
 
+class Identity:
+    """What a frozen role was made from: not saved itself, but a checkpoint is not continued under another one.
+
+    `key` is the role's config key, `identity` a hash of its weights ("": unknown, never refused).
+    """
+
+    def __init__(self, key: str, identity: str) -> None:
+        self.key = key
+        self.identity = identity
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"sha256": self.identity}
+
+    def load_template(self, saved_state: Mapping[str, Any]) -> dict[str, Any]:
+        """Nothing to read; raises `UserError` when the weights are others."""
+        saved = saved_state["sha256"]
+        if saved and self.identity and saved != self.identity:
+            raise UserError(
+                f"{self.key}: the checkpoint was trained with the weights {saved[:12]}..., this run has {self.identity[:12]}..."
+                ": use the same ones, or start in another job.dump_folder"
+            )
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """There is nothing to load."""
+
+
 class RandomState:
     """This rank's generators: torch, CUDA, NumPy, Python and the method's `generator`, saved under `rank<r>`.
 

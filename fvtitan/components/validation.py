@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 NUM_QUANTILES = 9
 SHEET_ROWS = 16
+SIDE_BY_SIDE_PROMPTS = 6
 
 
 @dataclass
@@ -60,16 +61,30 @@ def read_prompts(source: str) -> list[str]:
     return prompts
 
 
-def fixed_noise(seed: int, indices: Sequence[int], shape: Sequence[int]) -> Tensor:
-    """The noise `[len(indices), *shape]` that validation gives to its videos number `indices`."""
-    return torch.stack([torch.randn(shape, generator=generator("cpu", seed, "validation", i)) for i in indices])
+def fixed_noise(seed: int, indices: Sequence[int], shape: Sequence[int], rung: int = 0) -> Tensor:
+    """The noise `[len(indices), *shape]` that validation gives to its videos number `indices`: what they start from (rung 0),
+    or what they are re-noised with to a rung of the ladder."""
+    names = [(seed, "validation", i, *([rung] if rung else [])) for i in indices]
+    return torch.stack([torch.randn(shape, generator=generator("cpu", *name)) for name in names])
 
 
-def sample_latents(model: ModelBase, spec: SamplerSpec, prompt_embeds: Sequence[Tensor], noise: Tensor) -> Tensor:
-    """Latents `[B, T, C, H, W]` of the prompts from `noise`, as `spec` says."""
+def sample_latents(
+    model: ModelBase,
+    spec: SamplerSpec,
+    prompt_embeds: Sequence[Tensor],
+    *,
+    seed: int,
+    indices: Sequence[int],
+    shape: Sequence[int],
+) -> Tensor:
+    """Latents `[B, *shape]`, shape `(T, C, H, W)`, of the prompts, as `spec` says; all noise is that of videos `indices`."""
     cond = model.conditioning(prompt_embeds)
     uncond = model.unconditional(len(prompt_embeds)) if spec.guidance_scale != 1 else None
-    return samplers.sample(model, spec, noise.to(model.device), cond, uncond)
+
+    def fresh(rung: int) -> Tensor:
+        return fixed_noise(seed, indices, shape, rung).to(model.device)
+
+    return samplers.sample(model, spec, fresh(0), cond, uncond, fresh)
 
 
 class Validator:
@@ -88,7 +103,8 @@ class Validator:
         self.heldout = LatentCache(cfg.validation.heldout_path) if cfg.validation.heldout_path else None
         latent_frames = (cfg.data.num_frames - 1) // self.vae.temporal_ratio + 1
         height, width = cfg.data.height // self.vae.spatial_ratio, cfg.data.width // self.vae.spatial_ratio
-        self.latent_shape = (latent_frames, method.data[0]["latents"].shape[1], height, width)
+        self.latent_shape = (latent_frames, self.vae.vae.config.z_dim, height, width)
+        self._reference: tuple[dict[str, float], list[_Sample]] | None = None  # sampled once: it does not change
 
     def _encode_prompts(self) -> list[Tensor]:
         """Embeddings of all prompts: rank 0 encodes once, then the text encoder leaves memory."""
@@ -103,43 +119,64 @@ class Validator:
         return [stored[f"{i:05d}"] for i in range(len(self.prompts))]
 
     def run(self, step: int, ema: EMA | None, *, last: bool) -> None:
-        """Validate the student, and its moving average when there is one; log and write everything under step `step`."""
-        settings = self.cfg.validation
+        """Validate the student, and its moving average when there is one; log and write everything under step `step`. A method
+        with a reference (a teacher) gets a picture of all of them side by side, from the same noise."""
+        settings, student, spec = self.cfg.validation, self.method.student, self.method.sampler(self.cfg)
         num_videos = (last and settings.num_prompts_last) or settings.num_prompts
-        self.method.student.transformer.eval()
-        values = self._validate(step, num_videos, "")
+        reference = self.method.reference()
+        if reference is not None and self._reference is None:
+            model, how = reference
+            self._reference = self._videos(model, how, step, settings.num_prompts, "teacher")
+        student.transformer.eval()
+        values = self._heldout_loss("") if self.heldout else {}
+        scores, shown = self._videos(student, spec, step, num_videos, "student")
+        values, columns = values | scores, {"student": shown}
         if ema is not None:
             with ema.swapped():
-                values |= self._validate(step, num_videos, "_ema")
-        self.method.student.transformer.train()
+                values |= self._heldout_loss("_ema") if self.heldout else {}
+                scores, shown = self._videos(student, spec, step, num_videos, "ema")
+                values, columns = values | scores, columns | {"ema": shown}
+        student.transformer.train()
+        if self._reference is not None:
+            values, columns = values | self._reference[0], columns | {"teacher": self._reference[1]}
         self.metrics.log(step, values)
         if self.rank == 0:
-            print(f"validation videos: {self.folder / f'step-{step}'}", flush=True)
+            folder = self.folder / f"step-{step}"
+            if self._reference is not None:
+                rows = zip(*[samples[:SIDE_BY_SIDE_PROMPTS] for samples in columns.values()], strict=True)
+                labelled = [
+                    (f"{s.prompt}: {name}", s.frames) for row in rows for name, s in zip(columns, row, strict=True)
+                ]
+                contact_sheet(labelled, folder / "side_by_side.png")
+            print(f"validation videos: {folder}", flush=True)
 
     @torch.no_grad()
-    def _validate(self, step: int, num_videos: int, suffix: str) -> dict[str, float]:
-        values = self._heldout_loss(suffix) if self.heldout else {}
-        folder = self.folder / f"step-{step}" / (suffix.strip("_") or "student")
-        samples = self._sample(num_videos)
+    def _videos(
+        self, model: ModelBase, spec: SamplerSpec, step: int, num_videos: int, name: str
+    ) -> tuple[dict[str, float], list[_Sample]]:
+        """Sample, write and judge under `name`. Returns the scores (on every rank) and the first videos (on rank 0)."""
+        suffix = "" if name == "student" else f"_{name}"
+        folder = self.folder / f"step-{step}" / name
+        samples = self._sample(model, spec, num_videos)
         judged = self._judge(samples) if self.cfg.validation.judge else []
         self._write(samples, folder)
         gathered: list[Any] = [None] * self.world
         shown = [sample for sample in samples if sample.index < SHEET_ROWS]
         dist.all_gather_object(gathered, (shown, judged))
+        rows = sorted((s for shown, _ in gathered for s in shown), key=lambda s: s.index)
         if self.rank == 0:
-            rows = sorted((s for shown, _ in gathered for s in shown), key=lambda s: s.index)
             contact_sheet([(s.prompt, s.frames) for s in rows], folder / "contact_sheet.png")
             for sample in rows[:4]:
                 tag = f"validation{suffix}/{sample.index}"
                 self.metrics.add_video(tag, sample.frames, step, fps=self.cfg.data.fps)
                 self.metrics.add_text(tag, sample.prompt, step)
-        if self.cfg.validation.judge:
-            from fvtitan.data.moving_shapes import summarise
+        if not self.cfg.validation.judge:
+            return {}, rows
+        from fvtitan.data.moving_shapes import summarise
 
-            everyone = sorted((item for _, judged in gathered for item in judged), key=lambda item: item[0])
-            scores = summarise([judgement for _, judgement in everyone])
-            values |= {f"judge{suffix}/{name}": value for name, value in scores.items()}
-        return values
+        everyone = sorted((item for _, judged in gathered for item in judged), key=lambda item: item[0])
+        scores = summarise([judgement for _, judgement in everyone])
+        return {f"judge{suffix}/{key}": value for key, value in scores.items()}, rows
 
     def _batches(self, count: int) -> list[list[int]]:
         """This rank's batches of 0 .. count-1. All ranks get equally many (an empty one repeats item 0 for company)."""
@@ -148,16 +185,15 @@ class Validator:
         rounds = -(-len(batches) // self.world)
         return [batches[i] if i < len(batches) else [] for i in range(self.rank, rounds * self.world, self.world)]
 
-    def _sample(self, num_videos: int) -> list[_Sample]:
-        spec, student, seed = self.method.sampler(self.cfg), self.method.student, self.cfg.training.seed
+    def _sample(self, model: ModelBase, spec: SamplerSpec, num_videos: int) -> list[_Sample]:
+        seed, shape = self.cfg.training.seed, self.latent_shape
         samples = []
         for batch in self._batches(num_videos):
             indices = batch or [0]
             prompts = [self.embeds[i % len(self.embeds)] for i in indices]
-            latents = sample_latents(student, spec, prompts, fixed_noise(seed, indices, self.latent_shape))
-            for i, latent in zip(batch, latents, strict=False):  # an empty batch ran for company only
-                frames = to_uint8(self.vae.decode(latent[None])[0])
-                samples.append(_Sample(i, self.prompts[i % len(self.prompts)], frames))
+            latents = sample_latents(model, spec, prompts, seed=seed, indices=indices, shape=shape)
+            for i, pixels in zip(batch, self.vae.decode(latents), strict=False):  # an empty batch ran for company only
+                samples.append(_Sample(i, self.prompts[i % len(self.prompts)], to_uint8(pixels)))
         return samples
 
     def _write(self, samples: list[_Sample], folder: Path) -> None:
@@ -173,6 +209,7 @@ class Validator:
 
         return [(sample.index, judge_video(sample.frames, sample.prompt)) for sample in samples]
 
+    @torch.no_grad()
     def _heldout_loss(self, suffix: str) -> dict[str, float]:
         """Loss on fixed clips with fixed noise at the 9 mid-quantiles of the training distribution of sigma."""
         cache, method, seed = self.heldout, self.method, self.cfg.training.seed

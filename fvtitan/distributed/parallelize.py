@@ -16,12 +16,13 @@ if TYPE_CHECKING:
 DYNAMO_RECOMPILE_LIMIT = 64
 
 
-def parallelize(transformer: nn.Module, mesh: DeviceMesh, cfg: JobConfig) -> None:
-    """Apply `cfg`'s parallelism to a transformer with `.blocks`, in place, before its weights exist (meta device)."""
+def parallelize(transformer: nn.Module, mesh: DeviceMesh, cfg: JobConfig, dtype: torch.dtype) -> None:
+    """Apply `cfg`'s parallelism to a transformer with `.blocks`, in place, before its weights exist (meta device). Its
+    parameters are cast to `dtype` for computation."""
     apply_ac(transformer, cfg.activation_checkpoint.mode)
     if cfg.compile.enable:
         apply_compile(transformer)
-    apply_fsdp(transformer, mesh, cfg)
+    apply_fsdp(transformer, mesh, cfg, dtype)
 
 
 def apply_ac(transformer: nn.Module, mode: str) -> None:
@@ -36,13 +37,13 @@ def apply_compile(transformer: nn.Module) -> None:
         block.compile(fullgraph=True)
 
 
-def apply_fsdp(transformer: nn.Module, mesh: DeviceMesh, cfg: JobConfig) -> None:
+def apply_fsdp(transformer: nn.Module, mesh: DeviceMesh, cfg: JobConfig, dtype: torch.dtype) -> None:
     """Shard each block and the root with FSDP2, also on one rank: one process and 512 GPUs run the same numerics.
 
     Inputs are not cast: FSDP2 would round sigma and RoPE tables to bf16 (937.5 would arrive as 936). The model casts.
     """
     policy = MixedPrecisionPolicy(
-        param_dtype=getattr(torch, cfg.training.mixed_precision_param),
+        param_dtype=dtype,
         reduce_dtype=getattr(torch, cfg.training.mixed_precision_reduce),
         cast_forward_inputs=False,
     )

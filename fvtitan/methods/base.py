@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -23,6 +22,7 @@ from fvtitan.components.lr_scheduler import build_lr_scheduler
 from fvtitan.components.optimizer import build_optimizer
 from fvtitan.components.rng import SampleStreams, fold
 from fvtitan.data.latent_cache import LatentCache
+from fvtitan.errors import UserError
 from fvtitan.models.base import Conditioning, ModelBase
 from fvtitan.samplers import SamplerSpec
 
@@ -47,6 +47,7 @@ class TrainingMethod(nn.Module, ABC):
 
     Config: ClassVar[type[MethodConfig]] = MethodConfig
     roles: ClassVar[tuple[str, ...]] = ("student",)
+    optional_roles: ClassVar[tuple[str, ...]] = ()
     student_model: ClassVar[str] = "wan"
     """The student's `models.student.name`."""
 
@@ -56,6 +57,12 @@ class TrainingMethod(nn.Module, ABC):
         self.role_models = role_models
         self.student = role_models["student"]
         self.device = self.student.device
+        for role, model in role_models.items():
+            if model.latent_channels != self.student.latent_channels:
+                raise UserError(
+                    f"models.{role}: its latents have {model.latent_channels} channels, the student's "
+                    f"{self.student.latent_channels}: they do not share a VAE"
+                )
         self.data = self.dataset()
         self.student.init_preprocessors(cfg, self.data)
         trained = {role: model.transformer for role, model in role_models.items() if model.trainable}
@@ -68,7 +75,25 @@ class TrainingMethod(nn.Module, ABC):
 
     def dataset(self) -> LatentCache:
         """What the loader reads."""
-        return LatentCache(self.cfg.data.path)
+        return LatentCache(self.cfg.data.path, prompts_only=not self.needs_latents(self.cfg))
+
+    @classmethod
+    def needed_roles(cls, cfg: JobConfig) -> list[str]:
+        """Which of the configured roles this run must build. All ranks call it."""
+        return list(cfg.models)
+
+    @classmethod
+    def needs_latents(cls, cfg: JobConfig) -> bool:
+        """Whether training reads videos; without, a cache of prompts is enough."""
+        return True
+
+    def latent_shape(self, batch: dict[str, Any]) -> torch.Size:
+        """`[B, T, C, H, W]` of the videos that a batch trains on."""
+        return batch["latents"].shape
+
+    def description(self) -> str:
+        """A line for the start of the run about what people get wrong; empty: nothing to say."""
+        return ""
 
     def on_train_start(self) -> None:
         """Make the generator that the streams of `fvtitan.components.rng` are drawn with."""
@@ -97,6 +122,14 @@ class TrainingMethod(nn.Module, ABC):
         sigmas = flow_matching.euler_ladder(validation.sampling_steps, cfg.schedule.shift)
         return SamplerSpec(sigmas=tuple(sigmas), guidance_scale=validation.guidance_scale)
 
+    def reference(self) -> tuple[ModelBase, SamplerSpec] | None:
+        """A frozen model that validation samples beside the student, from the same noise, and how; None: there is none."""
+        return None
+
+    def warnings(self, values: dict[str, float]) -> list[str]:
+        """What the logged values of a step (the job's means) say that the user should know."""
+        return []
+
     def heldout_loss(self, x0: Tensor, noise: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
         """Per-sample loss `[B]` of fixed latents and noise at fixed noise levels `[B, T]`: the flow-matching error."""
         v = self.student.predict_velocity(flow_matching.add_noise(x0, noise, sigma), sigma, cond)
@@ -106,15 +139,18 @@ class TrainingMethod(nn.Module, ABC):
         """The random streams of a micro-batch's samples in one phase of one step."""
         return SampleStreams(self.generator, (self.cfg.training.seed, step, role), batch["positions"].tolist())
 
-    def conditioning(self, batch: dict[str, Any]) -> Conditioning:
+    def prompt_embeds(self, batch: dict[str, Any]) -> list[Tensor]:
         """The batch's prompts, some replaced by the unconditional one (caption dropout, anew on every pass)."""
-        embeds: Sequence[Tensor] = [
+        return [
             self.student.uncond_embeds if self._drops_caption(int(index), int(sample_pass)) else prompt
             for prompt, index, sample_pass in zip(
                 batch["prompt_embeds"], batch["sample_indices"], batch["sample_passes"], strict=True
             )
         ]
-        return self.student.conditioning(embeds)
+
+    def conditioning(self, batch: dict[str, Any]) -> Conditioning:
+        """The student's conditioning on `prompt_embeds`."""
+        return self.student.conditioning(self.prompt_embeds(batch))
 
     def _drops_caption(self, index: int, sample_pass: int) -> bool:
         draw = fold(self.cfg.training.seed, "caption_dropout", sample_pass, index) / 2**32

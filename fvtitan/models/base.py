@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -35,12 +36,22 @@ class Conditioning:
 class ModelBase(ABC):
     """A role's network behind the interface that methods use. `transformer` is the module that is trained and sharded."""
 
+    latent_channels: int
+    """Channels of the latents."""
+
     def __init__(self, transformer: nn.Module, *, trainable: bool, schedule: ScheduleConfig, device: torch.device):
         self.transformer = transformer.requires_grad_(trainable)
         self.trainable = trainable
         self.schedule = schedule
         self.device = device
         self.uncond_embeds: Tensor | None = None
+        self.identity = ""
+        """Hash of the weights a frozen role was loaded from."""
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        """What rebuilds the network, as JSON."""
+        return {}
 
     def init_preprocessors(self, cfg: JobConfig, cache: LatentCache) -> None:
         """Take the unconditional prompt's embedding from the cache and check that the cache fits the network."""
@@ -60,6 +71,10 @@ class ModelBase(ABC):
         """Conditioning on the unconditional prompt."""
         assert self.uncond_embeds is not None, "init_preprocessors first"
         return self.conditioning([self.uncond_embeds] * batch_size)
+
+    def gathered(self) -> contextlib.AbstractContextManager[None]:
+        """Inside, a sharded network is gathered once and stays so, for several forwards in a row."""
+        return contextlib.nullcontext()
 
     @abstractmethod
     def predict_velocity(self, noisy: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:

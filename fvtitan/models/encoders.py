@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import html
 import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,9 @@ from torch import Tensor
 
 from fvtitan.errors import UserError
 from fvtitan.models.pipeline import pipeline_folder, pipeline_text_len
+
+# 16 videos of 33 frames of 64 x 64 decode in less than half the time of 16 single ones; one of 81 x 480 x 832 fills a VAE.
+TOGETHER_PIXELS = 2**22
 
 
 def clean_prompt(text: str) -> str:
@@ -134,6 +138,34 @@ class VideoVAE:
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Pixels `[B, T, 3, H, W]` in [-1, 1], float32."""
+        """Pixels `[B, T, 3, H, W]` in [-1, 1], float32. Small videos are decoded together, large ones one by one."""
+        _, frames, _, height, width = latents.shape
+        pixels = frames * self.temporal_ratio * height * width * self.spatial_ratio**2
+        parts = latents.split(max(1, TOGETHER_PIXELS // pixels))
+        return torch.cat([self.vae.decode(self._scaled(part)).sample.transpose(1, 2).float() for part in parts])
+
+    @torch.no_grad()
+    def decode_stream(self, blocks: Iterable[Tensor]) -> Iterator[Tensor]:
+        """The same, block by block: latents `[B, t, C, h, w]` -> pixels `[B, n, 3, H, W]` as soon as they are there, with what
+        the causal convolutions remember. One stream a VAE at a time."""
+        from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
+
+        vae = self.vae
+        vae.clear_cache()
+        first = True
+        for block in blocks:
+            pixels = []
+            for latent in vae.post_quant_conv(self._scaled(block)).split(1, dim=2):
+                vae._conv_idx = [0]  # diffusers' own loop over frames, which keeps its memory here
+                chunk = {"first_chunk": True} if first else {}
+                pixels.append(vae.decoder(latent, feat_cache=vae._feat_map, feat_idx=vae._conv_idx, **chunk))
+                first = False
+            frames = torch.cat(pixels, dim=2)
+            if vae.config.patch_size is not None:
+                frames = unpatchify(frames, patch_size=vae.config.patch_size)
+            yield frames.clamp(-1, 1).transpose(1, 2).float()
+        vae.clear_cache()
+
+    def _scaled(self, latents: Tensor) -> Tensor:
         scaled = latents.to(self.device, torch.float32) * self.std + self.mean
-        return self.vae.decode(scaled.transpose(1, 2).to(self.dtype)).sample.transpose(1, 2).float()
+        return scaled.transpose(1, 2).to(self.dtype)

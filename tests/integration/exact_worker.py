@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import types
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -52,9 +53,17 @@ forkserver.set_forkserver_preload(
 )
 
 
-def launch(ranks: int, arguments: list[str], folder: Path, *, torchrun: bool = False, **options: Any) -> list[int]:
+def launch(
+    ranks: int,
+    arguments: list[str],
+    folder: Path,
+    *,
+    torchrun: bool = False,
+    watcher: Callable[..., None] | None = None,
+    **options: Any,
+) -> list[int]:
     """train.py with `arguments` on `ranks` ranks, records and output into `folder`; the exit statuses, under torchrun only
-    its own. Options: see `watch`."""
+    its own. Options: see `watch`, or those of another function of a module that is called in its place."""
     folder.mkdir(parents=True, exist_ok=True)
     if torchrun:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
@@ -73,7 +82,7 @@ def launch(ranks: int, arguments: list[str], folder: Path, *, torchrun: bool = F
     processes = []
     for rank in range(ranks):
         here = {key: str(value) for key, value in {**environment, "RANK": rank, "LOCAL_RANK": rank}.items()}
-        processes.append(forkserver.Process(target=_rank, args=(here, folder, options, arguments)))
+        processes.append(forkserver.Process(target=_rank, args=(here, folder, watcher or watch, options, arguments)))
         processes[-1].start()
     try:
         for process in processes:
@@ -95,13 +104,19 @@ def records(folder: Path, kind: str) -> list[dict[str, Any]]:
     return [torch.load(path) for path in sorted(folder.glob(f"{kind}.*.pt"))]
 
 
-def _rank(environment: dict[str, str], folder: Path, options: dict[str, Any], arguments: list[str]) -> None:
+def _rank(
+    environment: dict[str, str],
+    folder: Path,
+    watcher: Callable[..., None],
+    options: dict[str, Any],
+    arguments: list[str],
+) -> None:
     os.environ.update(environment)
     multiprocessing.set_start_method("fork", force=True)  # of the loader's workers, as under torchrun
     with open(folder / f"rank{environment['RANK']}.log", "w", buffering=1) as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
-        watch(folder, **options)
+        watcher(folder, **options)
         sys.exit(train(arguments))
 
 

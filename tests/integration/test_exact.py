@@ -728,8 +728,13 @@ def recipes(cache, heldout, tmp_path_factory):
         reads = Reads(patch)
         for name in RECIPES:
             recipe = read_toml(ROOT / "train_configs" / name)
-            student = recipe.models["student"]
-            hub = "/" in student.init_from
+            tiny: dict[str, object] = {}
+            for role, model in recipe.models.items():
+                earlier = re.fullmatch(r"outputs/(.+)/checkpoint/step-\d+", model.init_from)
+                if earlier:  # another recipe's student, which was just trained
+                    tiny[f"models.{role}.init_from"] = folder / f"{earlier[1]}.toml" / "checkpoint/step-2"
+                elif "/" in model.init_from:
+                    tiny |= {f"models.{role}.init_from": "tiny-wan", f"models.{role}.flavor": "tiny"}
             small = {
                 "job__config_file": ROOT / "train_configs" / name,
                 "job__dump_folder": folder / name,
@@ -738,8 +743,7 @@ def recipes(cache, heldout, tmp_path_factory):
                 "data__pipeline": "tiny-wan",
                 "data__moving_shapes_clips": 0,
                 "data__num_workers": 0,
-                "models.student.init_from": "tiny-wan" if hub else student.init_from,
-                "models.student.flavor": "tiny" if hub else student.flavor,
+                **tiny,
                 "training__steps": 2,
                 "training__local_batch_size": 2,
                 "training__global_batch_size": 4,
@@ -754,6 +758,12 @@ def recipes(cache, heldout, tmp_path_factory):
                 "validation__heldout_clips": 2,
                 **{f"data__{key}": value for key, value in GEOMETRY.items()},
             }
+            if hasattr(recipe.method, "teacher_path_cache"):
+                small |= {
+                    "method__teacher_path_cache": folder / f"{name}-trajectories",
+                    "method__num_trajectories": 3,
+                    "method__teacher_inference_steps": 4,
+                }
             statuses[name] = train(
                 [word for key, value in small.items() for word in (f"--{key.replace('__', '.')}", str(value))]
             )
@@ -767,7 +777,8 @@ def test_every_recipe_trains(recipes, name):
     assert recipes.statuses[name] == 0
     folder = recipes.folder / name
     rows = read_metrics(folder / "metrics.jsonl")
-    assert rows[-1]["step"] == 2 and all(row["loss/student"] > 0 for row in rows)
+    assert rows[-1]["step"] == 2 and "loss/student" in rows[0]
+    assert all(value > 0 for row in rows for key, value in row.items() if key.startswith("loss/"))
     assert Checkpointer(folder / "checkpoint").steps() == [1, 2]
     assert list((folder / "validation/step-2/student").glob("*.mp4"))
     first, last = (read_checkpoint(folder / f"checkpoint/step-{step}") for step in (1, 2))
@@ -777,7 +788,8 @@ def test_every_recipe_trains(recipes, name):
 
 def test_every_key_is_read_by_a_run(recipes):
     """Reading a key to check it, or to print the configuration, does not count."""
-    only_checked = {"DiffusionForcingSFTConfig.num_frames_per_block"}  # must agree with models.student.frames_per_block
+    methods = ("DiffusionForcingSFT", "KDCausal", "SelfForcing")
+    only_checked = {f"{name}Config.num_frames_per_block" for name in methods}  # must agree with models.student's
     assert recipes.reads.unread() == only_checked
     assert len(recipes.reads.seen) > 80
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from fvtitan.distributed.parallelize import parallelize
+from fvtitan.distributed.utils import gathered
 from fvtitan.errors import UserError
 from fvtitan.flow_matching import ScheduleConfig
 from fvtitan.models.base import CausalModelBase, Conditioning, ModelBase
@@ -32,41 +35,63 @@ class WanModel(ModelBase):
     def __init__(self, transformer: WanTransformer, role_cfg: RoleConfig, *, dtype: torch.dtype, **common):
         super().__init__(transformer, **common)
         self.dtype = dtype  # of the computation; the KV cache has it too
+        self.latent_channels = transformer.cfg.in_channels
+        self.reshard_after_forward = False  # not sharded
 
     @classmethod
     def build(cls, cfg: JobConfig, role: str, mesh: DeviceMesh, device: torch.device) -> WanModel:
         """Meta -> parallelize -> storage for the local shards -> weights read (or drawn) straight into them."""
         role_cfg = cfg.models[role]
-        sizes = weights.role_sizes(role_cfg.flavor, role_cfg.init_from, role)
+        sizes = weights.role_sizes(role_cfg, role)
+        storage, compute = (getattr(torch, name) for name in cfg.role_dtypes(role))
         with torch.device("meta"):
-            transformer = WanTransformer(sizes)
-        parallelize(transformer, mesh, cfg)
+            transformer = WanTransformer(sizes).to(storage)
+        parallelize(transformer, mesh, cfg, compute)
         transformer.to_empty(device=device)
-        if role_cfg.init_from:
+        if weights.is_checkpoint(role_cfg.init_from):
+            weights.load_checkpoint(transformer, cfg, role)
+        elif role_cfg.init_from:
             weights.load_pretrained(transformer, role_cfg.init_from)
         else:
             weights.initialise(transformer, cfg.training.seed, role)
         weights.check_parameters(transformer, role, loaded=bool(role_cfg.init_from))
-        dtype = getattr(torch, cfg.training.mixed_precision_param)
-        return cls(
-            transformer, role_cfg, trainable=role_cfg.trainable, schedule=cfg.schedule, device=device, dtype=dtype
+        model = cls(
+            transformer, role_cfg, trainable=role_cfg.trainable, schedule=cfg.schedule, device=device, dtype=compute
         )
+        model.reshard_after_forward = cfg.parallelism.fsdp_reshard_after_forward
+        if not role_cfg.trainable:
+            transformer.eval()
+            model.identity = weights.weights_hash(role_cfg) if role_cfg.init_from else ""
+        return model
 
     @classmethod
     def from_tensors(
-        cls, sizes: WanConfig, tensors: dict[str, Tensor], schedule: ScheduleConfig, role_cfg: RoleConfig
+        cls,
+        sizes: WanConfig,
+        tensors: dict[str, Tensor],
+        schedule: ScheduleConfig,
+        role_cfg: RoleConfig,
+        device: torch.device | str = "cpu",
     ) -> WanModel:
-        """A frozen, unsharded model on the CPU from full tensors under our names."""
+        """A frozen, unsharded model from full tensors under our names."""
         with torch.device("meta"):
             transformer = WanTransformer(sizes)
         transformer.load_state_dict(tensors, assign=True)
-        dtype = transformer.patch_embedding.weight.dtype
-        return cls(transformer, role_cfg, trainable=False, schedule=schedule, device=torch.device("cpu"), dtype=dtype)
+        dtype, device = transformer.patch_embedding.weight.dtype, torch.device(device)
+        transformer.to(device)
+        return cls(transformer, role_cfg, trainable=False, schedule=schedule, device=device, dtype=dtype)
+
+    def gathered(self) -> contextlib.AbstractContextManager[None]:
+        return gathered(self.transformer) if self.reshard_after_forward else contextlib.nullcontext()
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        return dataclasses.asdict(self.transformer.cfg)
 
     def check_cache(self, cfg: JobConfig, cache: LatentCache) -> None:
         sizes, sample = self.transformer.cfg, cache[0]
-        channels, width = sample["latents"].shape[1], sample["prompt_embeds"].shape[1]
-        if channels != sizes.in_channels:
+        width = sample["prompt_embeds"].shape[1]
+        if cache.has_latents and (channels := sample["latents"].shape[1]) != sizes.in_channels:
             raise UserError(f"{cfg.data.path}: latents have {channels} channels, the network {sizes.in_channels}")
         if width != sizes.text_dim:
             raise UserError(

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from fvtitan.components.checkpoint import read_tensors
+from fvtitan.components.checkpoint import Checkpointer, read_tensor_names, read_tensors
 from fvtitan.components.files import write_atomic
 from fvtitan.components.rng import generator
 from fvtitan.distributed.utils import local_rows, local_tensor, reshard
@@ -27,6 +28,9 @@ from fvtitan.models.wan.adapter import (
     to_diffusers_tensor,
 )
 from fvtitan.models.wan.transformer import WanConfig, WanTransformer, init_parameter
+
+if TYPE_CHECKING:
+    from fvtitan.config import JobConfig, RoleConfig
 
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 
@@ -99,6 +103,24 @@ def load_pretrained(transformer: WanTransformer, init_from: str) -> None:
             shard.copy_(stored[rows].reshape(shard.shape))
 
 
+def weights_hash(model: RoleConfig) -> str:
+    """The identity of what a role is loaded from: sha256 of a diffusers transformer's weight files and config, or of a
+    checkpoint's manifest (which holds the hashes of its files) and which of its weights. The ranks share the reading."""
+    if is_checkpoint(model.init_from):
+        manifest = (Path(model.init_from) / "manifest.json").read_bytes()
+        return hashlib.sha256(manifest + checkpoint_state_name(model).encode()).hexdigest()
+    folder = transformer_folder(model.init_from)
+    paths = [folder / "config.json", *sorted(set(weight_files(folder).values()))]
+    hashes: list[dict[str, str]] = [{} for _ in range(dist.get_world_size())]
+    mine = {}
+    for path in paths[dist.get_rank() :: dist.get_world_size()]:
+        with path.open("rb") as file:
+            mine[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    dist.all_gather_object(hashes, mine)
+    everyone = sorted(item for part in hashes for item in part.items())
+    return hashlib.sha256(json.dumps(everyone).encode()).hexdigest()
+
+
 def read_pipeline(init_from: str) -> tuple[WanConfig, dict[str, Tensor]]:
     """Sizes and full tensors, under our names, of a diffusers folder or hub repository."""
     sizes = pretrained_config(init_from)
@@ -119,21 +141,90 @@ def read_pipeline(init_from: str) -> tuple[WanConfig, dict[str, Tensor]]:
 def read_checkpoint(folder: str | Path, role: str, *, raw: bool = False) -> tuple[WanConfig, dict[str, Tensor]]:
     """Sizes and full tensors of a role in a run's checkpoint `.../checkpoint/step-<N>`: its moving average where there is
     one, unless `raw`."""
+    sizes = checkpoint_sizes(folder, role)
+    tensors = {} if raw else read_tensors(folder, f"ema.{role}")
+    return sizes, tensors or read_tensors(folder, f"roles.{role}.transformer")
+
+
+def is_checkpoint(init_from: str | Path) -> bool:
+    """Whether `init_from` is a run's checkpoint `.../checkpoint/step-<N>`, not a pipeline."""
+    return (Path(init_from) / "manifest.json").is_file() and (Path(init_from) / "roles.json").is_file()
+
+
+def checkpoint_sizes(folder: str | Path, role: str) -> WanConfig:
+    """The sizes of a role in a run's checkpoint. Raises `UserError` naming the roles that it holds."""
+    path = Path(folder) / "roles.json"
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        if role not in saved:
+            raise UserError(f"{folder}: the checkpoint holds no role {role!r}; it holds {', '.join(saved)}")
+        return WanConfig(**saved[role] | {"patch_size": tuple(saved[role]["patch_size"])})
+    except FileNotFoundError:
+        raise UserError(f"{folder}: there is no checkpoint here (no roles.json)") from None
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{path} is damaged: {error!r}") from None
+
+
+class _InPlace:
+    """Parameters as a checkpoint reads them: straight into the shards."""
+
+    def __init__(self, module: nn.Module):
+        self.module = module
+
+    def state_dict(self) -> dict[str, Any]:
+        reshard(self.module)
+        return {name: parameter.detach() for name, parameter in self.module.named_parameters()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """They have been read."""
+
+
+def checkpoint_state_name(model: RoleConfig) -> str:
+    """Which state of the checkpoint `init_from` a role is loaded from: `ema.student` or `roles.student.transformer`.
+
+    Raises `UserError` when a moving average is asked for that is not there.
+    """
+    averaged = bool(read_tensor_names(model.init_from, f"ema.{model.init_role}"))
+    if model.init_weights == "ema" and not averaged:
+        raise UserError(f"init_from = {model.init_from!r} has no moving average of {model.init_role!r}")
+    raw = model.init_weights == "raw" or not averaged
+    return f"roles.{model.init_role}.transformer" if raw else f"ema.{model.init_role}"
+
+
+def load_checkpoint(transformer: WanTransformer, cfg: JobConfig, role: str) -> None:
+    """Read a role of another run's checkpoint into the (sharded) parameters of `role`, as its config says.
+
+    Raises `UserError` when that run had another shift: what it learned at a timestep is not what this run asks for.
+    """
     from fvtitan.config import read_toml
 
-    tensors = {} if raw else read_tensors(folder, f"ema.{role}")
-    tensors = tensors or read_tensors(folder, f"roles.{role}.transformer")
-    if not tensors:
-        raise UserError(f"{folder}: the checkpoint holds no role {role!r}")
-    model = read_toml(Path(folder) / "config.toml").models[role]
-    return role_sizes(model.flavor, model.init_from, role), tensors
+    model = cfg.models[role]
+    theirs = read_toml(Path(model.init_from) / "config.toml").schedule.shift
+    if theirs != cfg.schedule.shift:
+        raise UserError(
+            f"models.{role}.init_from = {model.init_from!r} was trained with schedule.shift = {theirs:g}, this run has "
+            f"{cfg.schedule.shift:g}: use the same"
+        )
+    name = checkpoint_state_name(model)
+    checkpointer = Checkpointer(Path(cfg.job.dump_folder) / "checkpoint")
+    try:
+        checkpointer.load(model.init_from, {name: _InPlace(transformer)}, allow_unexpected=("",), allow_cast=True)
+    finally:
+        checkpointer.close()
 
 
-def role_sizes(flavor: str, init_from: str, role: str) -> WanConfig:
-    """The network's sizes from the flavor, the pretrained folder, or both when they agree."""
+def role_sizes(model: RoleConfig, role: str) -> WanConfig:
+    """The network's sizes from the flavor, the pretrained folder or checkpoint, or both when they agree."""
+    flavor, init_from = model.flavor, model.init_from
+    for key in ("init_role", "init_weights"):
+        if getattr(model, key) != getattr(type(model), key) and not is_checkpoint(init_from):
+            raise UserError(
+                f"models.{role}.{key} = {getattr(model, key)!r} has no effect: init_from = {init_from!r} is not the checkpoint "
+                "of a run (.../checkpoint/step-<N>)"
+            )
     if not init_from:
         return flavor_config(flavor, f"models.{role}.flavor")
-    sizes = pretrained_config(init_from)
+    sizes = checkpoint_sizes(init_from, model.init_role) if is_checkpoint(init_from) else pretrained_config(init_from)
     if flavor and flavor_config(flavor, f"models.{role}.flavor") != sizes:
         raise UserError(
             f"models.{role}: flavor = {flavor!r} is {flavor_config(flavor, 'flavor')}, but init_from = {init_from!r} "
