@@ -2,9 +2,12 @@
 
     python -m fvtitan.score                                             # tiny-wan at 50, 16 and 4 steps, and the VAE's ceiling
     python -m fvtitan.score --models tiny-wan outputs/tiny_dfsft/checkpoint/step-1500 --num-frames 33 105 --steps 50
+    python -m fvtitan.score --models tiny-wan outputs/tiny_dmd2/checkpoint/step-600 --rungs 1000 1000,500 1000,750,500,250
 
 A model is a pipeline in diffusers layout ("tiny-wan", a folder, a hub id), sampled by Euler steps, or a checkpoint of a run,
-sampled as its own method says; of a checkpoint the moving average is taken where there is one.
+sampled as its own method says; of a checkpoint the moving average is taken where there is one. `--rungs` samples few-step
+students on these ladders, and pipelines too: what a student was before its training. All models get the same captions and
+noise, so a second table compares checkpoints with pipelines video by video.
 """
 
 from __future__ import annotations
@@ -17,29 +20,35 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fvtitan.components.files import write_atomic
-from fvtitan.components.validation import fixed_noise, sample_latents, to_uint8
+from fvtitan.components.validation import sample_latents, to_uint8
 from fvtitan.components.visualise import contact_sheet
-from fvtitan.config import RoleConfig, read_toml
-from fvtitan.data.moving_shapes import CHANCE, held_out_combinations, judge_video, render_clip, summarise
+from fvtitan.data.moving_shapes import (
+    CHANCE,
+    Judgement,
+    held_out_combinations,
+    judge_video,
+    measured,
+    render_clip,
+    summarise,
+)
 from fvtitan.errors import UserError, cli
-from fvtitan.flow_matching import ScheduleConfig, euler_ladder
-from fvtitan.methods import METHODS
-from fvtitan.models import MODELS
+from fvtitan.flow_matching import NUM_TIMESTEPS, euler_ladder, few_step_ladder
+from fvtitan.generate import load_model, unconditional_prompt
 from fvtitan.models.base import CausalModelBase, ModelBase
 from fvtitan.models.encoders import TextEncoder, VideoVAE
-from fvtitan.models.pipeline import TINY_WAN, pipeline_folder, pipeline_shift
-from fvtitan.models.wan import weights
-from fvtitan.models.wan.model import WanModel
-from fvtitan.preprocess import WAN_NEGATIVE_PROMPT
-from fvtitan.samplers import SamplerSpec, num_forwards
+from fvtitan.models.pipeline import TINY_WAN
+from fvtitan.samplers import SamplerSpec, describe, num_forwards
 
 BATCH = 16
 SHEET_ROWS = 12
-COLUMNS = (*CHANCE, "area_drift", "speed_drift")
+COLUMNS = (*CHANCE, "area_constancy", "area_drift", "speed_drift")
+COMPARED = (*CHANCE, "area_constancy")
+RESAMPLES, CONFIDENCE = 10_000, 0.9
 
 
 @dataclass
@@ -47,26 +56,22 @@ class Row:
     """One line of the table: what was sampled and how, and what the judge measured."""
 
     model: str
+    sampler: str
     steps: int
     num_frames: int
     forwards: int
     """Forwards of the network for one video; conditional and unconditional count as two."""
     seconds: float
     """Wall time a video, decoding included."""
-    scores: dict[str, float]
+    judged: list[Judgement]
+    """Of each video."""
+    own: bool = False
+    """A checkpoint, not a pipeline."""
 
-
-def load_model(source: str, raw: bool = False) -> tuple[ModelBase, SamplerSpec | None, str]:
-    """(model, its own sampler or None for a pipeline, "empty" or "negative": the unconditional prompt)."""
-    folder = Path(source)
-    if not (folder / "manifest.json").is_file():
-        sizes, tensors = weights.read_pipeline(source)
-        schedule = ScheduleConfig(shift=pipeline_shift(pipeline_folder(source, "transformer", "scheduler")))
-        return WanModel.from_tensors(sizes, tensors, schedule, RoleConfig()), None, "empty"
-    cfg = read_toml(folder / "config.toml")
-    sizes, tensors = weights.read_checkpoint(folder, "student", raw=raw)
-    model = MODELS[cfg.models["student"].name].from_tensors(sizes, tensors, cfg.schedule, cfg.models["student"])
-    return model, METHODS[cfg.method.name].sampler(cfg), cfg.data.uncond_prompt
+    @property
+    def scores(self) -> dict[str, float]:
+        """What the judge measured, on average."""
+        return summarise(self.judged)
 
 
 def score(
@@ -89,15 +94,15 @@ def score(
         indices = range(first, min(first + BATCH, num_videos))
         embeds = [prompt_embeds[i % len(prompts)] for i in indices]
         with torch.no_grad():
-            latents = sample_latents(model, spec, embeds, fixed_noise(seed, indices, shape))
-        for i, latent in zip(indices, latents, strict=True):
-            frames = to_uint8(vae.decode(latent[None])[0])
+            latents = sample_latents(model, spec, embeds, seed=seed, indices=indices, shape=shape)
+        for i, pixels in zip(indices, vae.decode(latents), strict=True):
+            frames = to_uint8(pixels)
             judged.append(judge_video(frames, prompts[i % len(prompts)]))
             shown += [(prompts[i % len(prompts)], frames)] if i < SHEET_ROWS else []
     seconds = (time.perf_counter() - start) / num_videos
     blocks = len(model.causal.blocks(shape[0])) if spec.streaming else 1
     steps, forwards = len(spec.sigmas) - 1, num_forwards(spec, blocks)
-    return Row(name, steps, num_frames, forwards, seconds, summarise(judged)), shown
+    return Row(name, describe(spec), steps, num_frames, forwards, seconds, judged), shown
 
 
 def vae_ceiling(vae: VideoVAE, *, num_frames: int, num_videos: int, seed: int = 0) -> Row:
@@ -108,7 +113,7 @@ def vae_ceiling(vae: VideoVAE, *, num_frames: int, num_videos: int, seed: int = 
         clip = render_clip(attributes, num_frames=num_frames, seed=seed + i)
         pixels = vae.decode(vae.encode(clip[None].permute(0, 1, 4, 2, 3).float() / 127.5 - 1))[0]
         judged.append(judge_video(to_uint8(pixels), attributes.caption))
-    return Row("VAE round trip", 0, num_frames, 0, (time.perf_counter() - start) / num_videos, summarise(judged))
+    return Row("VAE round trip", "", 0, num_frames, 0, (time.perf_counter() - start) / num_videos, judged)
 
 
 def score_sources(
@@ -117,43 +122,99 @@ def score_sources(
     steps: Sequence[int],
     lengths: Sequence[int],
     num_videos: int,
-    guidance: float,
+    guidance: Sequence[float],
+    rungs: Sequence[Sequence[float]] = (),
     pipeline: str = TINY_WAN,
     raw: bool = False,
 ) -> Iterator[tuple[Row, list[tuple[str, Tensor]]]]:
-    """Row by row, as they come: every source at every length (a pipeline at each number of Euler steps), and the VAE's
-    ceiling at every length. `pipeline` names the text encoder and VAE."""
-    loaded = {source: load_model(source, raw) for source in sources}
+    """Row by row, as they come: every source at every length, and the VAE's ceiling at every length. A pipeline has a row for
+    each number of Euler steps and guidance; it and a few-step student have one for each ladder of `rungs` (timesteps before
+    the shift; none: the student's own). `pipeline` names the text encoder and VAE."""
+    loaded = {source: load_model(source, raw=raw) for source in sources}
     vae, encoder = VideoVAE(pipeline), TextEncoder(pipeline)
     prompts = [attributes.caption for attributes in held_out_combinations()]
     embeds = [row.bfloat16() for row in encoder.encode(prompts)]
-    unconditional = dict(zip(("empty", "negative"), encoder.encode(["", WAN_NEGATIVE_PROMPT]), strict=True))
-    for model, *_ in loaded.values():  # a length that does not fit is an error before anything is sampled
-        if isinstance(model, CausalModelBase):
-            for num_frames in lengths:
-                model.causal.blocks((num_frames - 1) // vae.temporal_ratio + 1)
+    for each in loaded.values():
+        each.model.uncond_embeds = encoder.encode([unconditional_prompt(each.data)])[0].bfloat16()
+        if isinstance(each.model, CausalModelBase):
+            for num_frames in lengths:  # one that does not fit is an error before anything is sampled
+                each.model.causal.blocks((num_frames - 1) // vae.temporal_ratio + 1)
     for num_frames in lengths:
-        for source, (model, own_spec, uncond) in loaded.items():
-            model.uncond_embeds = unconditional[uncond].bfloat16()
-            euler = [SamplerSpec(tuple(euler_ladder(n, model.schedule.shift)), guidance) for n in steps]
-            for spec in [own_spec] if own_spec else euler:
-                yield score(source, model, spec, vae, prompts, embeds, num_frames=num_frames, num_videos=num_videos)
+        for source, each in loaded.items():
+            model, own_spec, shift = each.model, each.spec, each.model.schedule.shift
+            few = [SamplerSpec(few_step_ladder(timesteps, shift), solver="sde") for timesteps in rungs]
+            if own_spec is None:
+                specs = [SamplerSpec(tuple(euler_ladder(n, shift)), g) for g in guidance for n in steps] + few
+            elif own_spec.solver == "sde" and rungs:
+                specs = [dataclasses.replace(own_spec, sigmas=spec.sigmas) for spec in few]
+            else:
+                specs = [own_spec]
+            for spec in specs:
+                row, shown = score(
+                    source, model, spec, vae, prompts, embeds, num_frames=num_frames, num_videos=num_videos
+                )
+                row.own = own_spec is not None
+                yield row, shown
         yield vae_ceiling(vae, num_frames=num_frames, num_videos=num_videos), []
 
 
 def table(rows: Sequence[Row]) -> str:
     """The rows as a Markdown table, with the scores of chance last."""
     lines = [
-        f"| model | steps | frames | forwards | s/video | {' | '.join(name.replace('_', ' ') for name in COLUMNS)} |",
-        "| --- " + "| --: " * (4 + len(COLUMNS)) + "|",
+        f"| model | sampler | steps | frames | forwards | s/video | {_titles(COLUMNS)} |",
+        "| --- | --- " + "| --: " * (4 + len(COLUMNS)) + "|",
     ]
     for row in rows:
-        scores = " | ".join(f"{row.scores[name]:.3f}" for name in COLUMNS)
-        lines.append(
-            f"| {row.model} | {row.steps or ''} | {row.num_frames} | {row.forwards or ''} | {row.seconds:.2f} | {scores} |"
-        )
+        scores = row.scores
+        cells = [row.model, row.sampler, row.steps or "", row.num_frames, row.forwards or "", f"{row.seconds:.2f}"]
+        lines.append(f"| {' | '.join(map(str, cells))} | {' | '.join(f'{scores[name]:.3f}' for name in COLUMNS)} |")
     chance = " | ".join(f"{CHANCE[name]:.3f}" if name in CHANCE else "" for name in COLUMNS)
-    return "\n".join([*lines, f"| chance | | | | | {chance} |"])
+    return "\n".join([*lines, f"| chance | | | | | | {chance} |"])
+
+
+def _titles(names: Sequence[str]) -> str:
+    return " | ".join(name.replace("_", " ") for name in names)
+
+
+def paired_difference(first: np.ndarray, second: np.ndarray) -> tuple[float, float, float]:
+    """Mean of `first - second`, values `[N]` of the same captions and noise, with the ends of its bootstrap interval."""
+    difference = first - second
+    picks = np.random.RandomState(0).randint(len(difference), size=(RESAMPLES, len(difference)))
+    means = difference[picks].mean(1)
+    low, high = np.quantile(means, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    return float(difference.mean()), float(low), float(high)
+
+
+def comparison(rows: Sequence[Row]) -> str:
+    """Every checkpoint against the pipelines of the same length: those with as many steps, and the one with the most. Empty
+    when there is nothing to compare."""
+    lines = []
+    for row in (row for row in rows if row.own):
+        others = [other for other in rows if other.steps and not other.own and other.num_frames == row.num_frames]
+        most = max((other.steps for other in others), default=0)
+        for other in [other for other in others if other.steps in (row.steps, most)]:
+            cells = []
+            for name in COMPARED:
+                mean, low, high = paired_difference(measured(row.judged, name), measured(other.judged, name))
+                cells.append(f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]")
+            names = f"{row.model}, {row.sampler} | {other.model}, {other.steps} x {other.sampler}"
+            lines.append(f"| {names} | {row.num_frames} | {' | '.join(cells)} |")
+    if not lines:
+        return ""
+    title = f"| model | minus | frames | {_titles(COMPARED)} |"
+    return "\n".join([title, "| --- | --- " + "| --: " * (1 + len(COMPARED)) + "|", *lines])
+
+
+def _parse_rungs(text: str) -> tuple[float, ...]:
+    try:
+        rungs = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        rungs = ()
+    if not rungs or rungs[0] != NUM_TIMESTEPS or rungs[-1] <= 0 or list(rungs) != sorted(set(rungs), reverse=True):
+        raise UserError(
+            f"--rungs {text}: need timesteps that descend from 1000, separated by commas, e.g. 1000,750,500,250"
+        )
+    return rungs
 
 
 def main() -> None:
@@ -164,7 +225,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, nargs="+", default=[50, 16, 4], help="Euler steps of pipelines (50 16 4)")
     parser.add_argument("--num-frames", type=int, nargs="+", default=[33], help="lengths in frames, 4n + 1 (33)")
     parser.add_argument("--num-videos", type=int, default=192, help="videos a row (192)")
-    parser.add_argument("--guidance", type=float, default=3.0, help="u + g (c - u), of pipelines (3)")
+    parser.add_argument("--guidance", type=float, nargs="+", default=[3.0], help="u + g (c - u), of pipelines (3)")
+    parser.add_argument("--rungs", nargs="+", default=[], help="ladders of few-step sampling, such as 1000,500")
     parser.add_argument("--pipeline", default=TINY_WAN, help="whose text encoder and VAE are used (tiny-wan)")
     parser.add_argument("--raw", action="store_true", help="of checkpoints the student itself, not its moving average")
     parser.add_argument("--output", default="", help="folder for rows.json and a contact sheet a row")
@@ -175,6 +237,7 @@ def main() -> None:
     for option, values in (("--steps", args.steps), ("--num-videos", [args.num_videos])):
         if min(values) < 1:
             raise UserError(f"{option} {min(values)}: must be >= 1")
+    rungs = [_parse_rungs(text) for text in args.rungs]
     rows: list[Row] = []
     for row, shown in score_sources(
         args.models,
@@ -182,6 +245,7 @@ def main() -> None:
         lengths=args.num_frames,
         num_videos=args.num_videos,
         guidance=args.guidance,
+        rungs=rungs,
         pipeline=args.pipeline,
         raw=args.raw,
     ):
@@ -191,8 +255,11 @@ def main() -> None:
             name = f"{len(rows):02d}-{row.steps}-steps-{row.num_frames}-frames.png"
             contact_sheet(shown, Path(args.output) / name)
     if args.output:
-        write_atomic(Path(args.output) / "rows.json", json.dumps([dataclasses.asdict(row) for row in rows], indent=1))
-    print(f"{args.num_videos} videos a row, guidance {args.guidance:g}\n{table(rows)}")
+        records = [dataclasses.asdict(row) | {"scores": row.scores} for row in rows]
+        write_atomic(Path(args.output) / "rows.json", json.dumps(records, indent=1))
+    print(f"{args.num_videos} videos a row\n{table(rows)}")
+    if compared := comparison(rows):
+        print(f"\nDifferences on the same captions and noise, with {CONFIDENCE:.0%} bootstrap intervals\n{compared}")
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ from fvtitan.data.moving_shapes import all_combinations
 from fvtitan.errors import UserError, cli
 from fvtitan.models.wan.adapter import config_to_diffusers, diffusers_names, to_diffusers_tensor
 from fvtitan.models.wan.transformer import FLAVORS, WanTransformer, init_parameter
-from fvtitan.models.wan.weights import read_checkpoint, read_pipeline
+from fvtitan.models.wan.weights import is_checkpoint, read_checkpoint, read_pipeline
 from fvtitan.score import score_sources
 
 TINY = FLAVORS["tiny"]
@@ -76,8 +76,7 @@ def transformer_tensors(source: str) -> dict[str, Tensor]:
             shapes = {name: parameter.shape for name, parameter in WanTransformer(TINY).named_parameters()}
         streams = functools.partial(generator, "cpu", 0, "transformer")
         return {name: init_parameter(name, shape, TINY, streams) for name, shape in shapes.items()}
-    is_checkpoint = (Path(source) / "manifest.json").is_file()
-    sizes, tensors = read_checkpoint(source, "student") if is_checkpoint else read_pipeline(source)
+    sizes, tensors = read_checkpoint(source, "student") if is_checkpoint(source) else read_pipeline(source)
     sizes = dataclasses.replace(sizes, text_len=TINY.text_len)  # a bare transformer folder does not say it
     if sizes != TINY:
         raise UserError(f"--transformer {source} holds {sizes}, not the tiny flavor {TINY}")
@@ -127,7 +126,7 @@ def provenance(vae_folder: str, transformer: str, seed: int, folder: Path) -> di
         }
     # 4 videos of each held-out caption.
     for row, _ in score_sources(
-        [str(folder)], pipeline=str(folder), steps=(50, 16, 4), lengths=(33,), num_videos=192, guidance=3.0
+        [str(folder)], pipeline=str(folder), steps=(50, 16, 4), lengths=(33,), num_videos=192, guidance=(3.0,)
     ):
         name = f"{row.steps} Euler steps, guidance 3" if row.steps else row.model
         record["scores"][name] = {key: round(value, 3) for key, value in row.scores.items()}

@@ -340,12 +340,18 @@ def judge_video(frames: Tensor | np.ndarray, caption: str) -> Judgement:
     )
 
 
+MEASURES = (*CHANCE, "area_constancy", "speed_constancy", "area_drift", "speed_drift")
+
+
 def summarise(judgements: Sequence[Judgement]) -> dict[str, float]:
     """Mean accuracy of each attribute (colour, shape, direction, size, speed), and mean constancies and drifts."""
-    scores = {name: float(np.mean([getattr(j, f"{name}_correct") for j in judgements])) for name in CHANCE}
-    for name in ("area_constancy", "speed_constancy", "area_drift", "speed_drift"):
-        scores[name] = float(np.mean([getattr(j, name) for j in judgements]))
-    return scores
+    return {name: float(np.mean(measured(judgements, name))) for name in MEASURES}
+
+
+def measured(judgements: Sequence[Judgement], name: str) -> np.ndarray:
+    """One of `MEASURES`, video by video: 0 or 1 for an attribute, else the value. `[N]`, float64."""
+    attribute = f"{name}_correct" if name in CHANCE else name
+    return np.array([getattr(judgement, attribute) for judgement in judgements], dtype=np.float64)
 
 
 def judge_folder(folder: str | Path) -> list[tuple[str, Judgement]]:

@@ -42,31 +42,65 @@ class VideoInfo:
     seconds: float
 
 
+class VideoWriter:
+    """Writes uint8 frames `[T, H, W, 3]` (even sizes) as H.264 mp4, in as many parts as come.
+
+    The file has its name when it is complete, and a temporary one before; with `live` it has its name from the start, and
+    plays up to the last part that was appended. Use as a context manager.
+    """
+
+    def __init__(self, path: str | Path, fps: int | Fraction, *, crf: int = 12, live: bool = False):
+        self.path, self.fps, self.crf, self.live = Path(path), fps, crf, live
+        self._temporary = self.path.with_name(f".{self.path.stem}.{os.getpid()}.tmp.mp4")
+        self._container = self._stream = None
+
+    def __enter__(self) -> VideoWriter:
+        import av
+
+        # Fragments of their own index make a file that is played while it grows.
+        fragments = {"movflags": "frag_keyframe+empty_moov+default_base_moof", "flush_packets": "1"}
+        target = self.path if self.live else self._temporary
+        self._container = av.open(str(target), "w", format="mp4", options=fragments if self.live else {})
+        return self
+
+    def append(self, frames: Tensor | np.ndarray) -> None:
+        """The next frames."""
+        import av
+
+        video = frames.cpu().numpy() if isinstance(frames, Tensor) else np.asarray(frames)
+        if video.dtype != np.uint8 or video.ndim != 4 or video.shape[-1] != 3:
+            raise ValueError(f"frames must be uint8 [T, H, W, 3], got {video.dtype} {list(video.shape)}")
+        if video.shape[1] % 2 or video.shape[2] % 2:
+            raise ValueError(f"H.264 needs even sizes, got {video.shape[1]} x {video.shape[2]}")
+        if self._stream is None:
+            # x264's macroblock tree now and then gives other bytes, and pixels, for the same frames.
+            options = {"crf": str(self.crf), "preset": "veryfast", "x264-params": "mbtree=0"}
+            options |= {"tune": "zerolatency"} if self.live else {}  # no frame is held back
+            self._stream = self._container.add_stream("libx264", rate=self.fps, options=options)
+            self._stream.height, self._stream.width = video.shape[1:3]
+            self._stream.pix_fmt = "yuv420p"
+            self._stream.thread_count = 1  # several encoder threads cost more than they bring at these sizes
+        for number, image in enumerate(video):
+            frame = av.VideoFrame.from_ndarray(image, format="rgb24")
+            if self.live and not number:
+                frame.pict_type = av.video.frame.PictureType.I  # a fragment begins with each part
+            self._container.mux(self._stream.encode(frame))
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        try:
+            if kind is None and self._stream is not None:
+                self._container.mux(self._stream.encode())
+            self._container.close()
+            if kind is None and not self.live:
+                os.replace(self._temporary, self.path)
+        finally:
+            self._temporary.unlink(missing_ok=True)
+
+
 def write_video(path: str | Path, frames: Tensor | np.ndarray, fps: int | Fraction, *, crf: int = 12) -> None:
     """Write uint8 `[T, H, W, 3]` (even sizes) as H.264 mp4, under a temporary name first."""
-    import av
-
-    path = Path(path)
-    video = frames.cpu().numpy() if isinstance(frames, Tensor) else np.asarray(frames)
-    if video.dtype != np.uint8 or video.ndim != 4 or video.shape[-1] != 3:
-        raise ValueError(f"frames must be uint8 [T, H, W, 3], got {video.dtype} {list(video.shape)}")
-    if video.shape[1] % 2 or video.shape[2] % 2:
-        raise ValueError(f"H.264 needs even sizes, got {video.shape[1]} x {video.shape[2]}")
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp.mp4")
-    try:
-        with av.open(str(temporary), "w") as container:
-            # x264's macroblock tree now and then gives other bytes, and pixels, for the same frames.
-            options = {"crf": str(crf), "preset": "veryfast", "x264-params": "mbtree=0"}
-            stream = container.add_stream("libx264", rate=fps, options=options)
-            stream.height, stream.width = video.shape[1:3]
-            stream.pix_fmt = "yuv420p"
-            stream.thread_count = 1  # several encoder threads cost more than they bring at these sizes
-            for frame in video:
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-            container.mux(stream.encode())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with VideoWriter(path, fps, crf=crf) as writer:
+        writer.append(frames)
 
 
 def _open(path: Path, limits: VideoLimits):

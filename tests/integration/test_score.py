@@ -13,11 +13,12 @@ from fvtitan.assets import tiny_wan_path
 from fvtitan.assets.build_tiny_wan import training_minutes, transformer_tensors
 from fvtitan.components.checkpoint import DamagedCheckpoint, read_tensors
 from fvtitan.errors import UserError
+from fvtitan.generate import load_model
 from fvtitan.models.pipeline import pipeline_shift
 from fvtitan.models.wan import weights
 from fvtitan.models.wan.model import WanCausalModel
 from fvtitan.samplers import SamplerSpec, num_forwards
-from fvtitan.score import load_model, score_sources, table
+from fvtitan.score import score_sources, table
 from tests.helpers import ROOT, make_cache, read_checkpoint, small_arguments, train
 
 
@@ -68,15 +69,16 @@ def test_a_changed_byte_is_seen(checkpoint, tmp_path):
 
 
 def test_a_checkpoint_is_sampled_as_its_method_says(checkpoint):
-    model, spec, uncond = load_model(str(checkpoint))
-    assert isinstance(model, WanCausalModel) and model.causal.window == 6 and uncond == "empty"
+    loaded = load_model(str(checkpoint))
+    model, spec = loaded.model, loaded.spec
+    assert isinstance(model, WanCausalModel) and model.causal.window == 6 and loaded.data.uncond_prompt == "empty"
     assert spec.streaming and len(spec.sigmas) == 3 and spec.guidance_scale == 3.0
     assert num_forwards(spec, num_blocks=3) == 2 * (3 * 2 + 2)  # two steps a block, and two blocks committed
     assert num_forwards(SamplerSpec((1.0, 0.5, 0.0))) == 2
 
 
 def test_a_pipeline_is_sampled_on_its_own_shift(tmp_path):
-    assert load_model("tiny-wan")[0].schedule.shift == 5.0
+    assert load_model("tiny-wan").model.schedule.shift == 5.0
     for config, shift in (({"shift": 2.0}, 2.0), ({"flow_shift": 3}, 3.0)):
         (tmp_path / "scheduler").mkdir(exist_ok=True)
         (tmp_path / "scheduler/scheduler_config.json").write_text(json.dumps(config))
@@ -90,7 +92,7 @@ def test_a_pipeline_is_sampled_on_its_own_shift(tmp_path):
 
 def test_rows_and_table(checkpoint):
     sources = ["tiny-wan", str(checkpoint)]
-    scored = list(score_sources(sources, steps=(2, 1), lengths=(9, 21), num_videos=2, guidance=3.0))
+    scored = list(score_sources(sources, steps=(2, 1), lengths=(9, 21), num_videos=2, guidance=(3.0,)))
     rows = [row for row, _ in scored]
     assert [(row.model, row.steps, row.num_frames, row.forwards) for row in rows] == [
         ("tiny-wan", 2, 9, 4),
@@ -107,13 +109,15 @@ def test_rows_and_table(checkpoint):
     assert len(videos) == 2 and videos[0][1].shape == (21, 64, 64, 3) and videos[0][1].dtype == torch.uint8
     lines = table(rows).splitlines()
     assert len(lines) == 2 + len(rows) + 1 and len({line.count("|") for line in lines}) == 1
-    again = [row.scores for row, _ in score_sources(sources[:1], steps=(2,), lengths=(9,), num_videos=2, guidance=3.0)]
+    again = [
+        row.scores for row, _ in score_sources(sources[:1], steps=(2,), lengths=(9,), num_videos=2, guidance=(3.0,))
+    ]
     assert again[0] == rows[0].scores  # noise is fixed
 
 
 def test_a_length_that_does_not_fit_is_refused_before_sampling(checkpoint):
     with pytest.raises(UserError, match="25 latent frames do not divide into blocks of 3; nearest: 24"):
-        next(score_sources(["tiny-wan", str(checkpoint)], steps=(1,), lengths=(9, 97), num_videos=1, guidance=3.0))
+        next(score_sources(["tiny-wan", str(checkpoint)], steps=(1,), lengths=(9, 97), num_videos=1, guidance=(3.0,)))
 
 
 def test_the_program(tmp_path):
@@ -121,7 +125,7 @@ def test_the_program(tmp_path):
     small = ["--steps", "1", "--num-frames", "9", "--num-videos", "1", "--output", str(tmp_path)]
     done = subprocess.run([*command, *small], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "| tiny-wan | 1 | 9 | 2 |" in done.stdout and "| VAE round trip |" in done.stdout
+    assert "| tiny-wan | Euler, guidance 3 | 1 | 9 | 2 |" in done.stdout and "| VAE round trip |" in done.stdout
     assert [row["model"] for row in json.loads((tmp_path / "rows.json").read_text())] == ["tiny-wan", "VAE round trip"]
     assert (tmp_path / "01-1-steps-9-frames.png").is_file()
 
