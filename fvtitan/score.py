@@ -47,7 +47,6 @@ from fvtitan.samplers import SamplerSpec, describe, num_forwards
 BATCH = 16
 SHEET_ROWS = 12
 COLUMNS = (*CHANCE, "area_constancy", "area_drift", "speed_drift")
-COMPARED = (*CHANCE, "area_constancy")
 RESAMPLES, CONFIDENCE = 10_000, 0.9
 
 
@@ -65,6 +64,8 @@ class Row:
     """Wall time a video, decoding included."""
     judged: list[Judgement]
     """Of each video."""
+    thirds: tuple[list[Judgement], list[Judgement]] = ([], [])
+    """Of the first and the last third of each video, when they were judged."""
     own: bool = False
     """A checkpoint, not a pipeline."""
 
@@ -84,12 +85,14 @@ def score(
     *,
     num_frames: int,
     num_videos: int,
+    thirds: bool = False,
     seed: int = 0,
 ) -> tuple[Row, list[tuple[str, Tensor]]]:
-    """Judge `num_videos` videos of 64 x 64; prompts are taken in turn, each time with new noise. Returns the row and the
-    first videos, uint8 `[T, H, W, 3]` with their prompts."""
+    """Judge `num_videos` videos of 64 x 64, and with `thirds` the ends of each by themselves; prompts are taken in turn, each
+    time with new noise. Returns the row and the first videos, uint8 `[T, H, W, 3]` with their prompts."""
     shape = ((num_frames - 1) // vae.temporal_ratio + 1, vae.vae.config.z_dim, *[64 // vae.spatial_ratio] * 2)
     judged, shown, start = [], [], time.perf_counter()
+    parts: tuple[list[Judgement], list[Judgement]] = ([], [])
     for first in range(0, num_videos, BATCH):
         indices = range(first, min(first + BATCH, num_videos))
         embeds = [prompt_embeds[i % len(prompts)] for i in indices]
@@ -98,11 +101,14 @@ def score(
         for i, pixels in zip(indices, vae.decode(latents), strict=True):
             frames = to_uint8(pixels)
             judged.append(judge_video(frames, prompts[i % len(prompts)]))
+            ends = (frames[: num_frames // 3], frames[-(num_frames // 3) :]) if thirds else ()
+            for part, end in zip(parts, ends, strict=False):
+                part.append(judge_video(end, prompts[i % len(prompts)]))
             shown += [(prompts[i % len(prompts)], frames)] if i < SHEET_ROWS else []
     seconds = (time.perf_counter() - start) / num_videos
     blocks = len(model.causal.blocks(shape[0])) if spec.streaming else 1
     steps, forwards = len(spec.sigmas) - 1, num_forwards(spec, blocks)
-    return Row(name, describe(spec), steps, num_frames, forwards, seconds, judged), shown
+    return Row(name, describe(spec), steps, num_frames, forwards, seconds, judged, parts), shown
 
 
 def vae_ceiling(vae: VideoVAE, *, num_frames: int, num_videos: int, seed: int = 0) -> Row:
@@ -124,6 +130,7 @@ def score_sources(
     num_videos: int,
     guidance: Sequence[float],
     rungs: Sequence[Sequence[float]] = (),
+    thirds: bool = False,
     pipeline: str = TINY_WAN,
     raw: bool = False,
 ) -> Iterator[tuple[Row, list[tuple[str, Tensor]]]]:
@@ -150,9 +157,8 @@ def score_sources(
             else:
                 specs = [own_spec]
             for spec in specs:
-                row, shown = score(
-                    source, model, spec, vae, prompts, embeds, num_frames=num_frames, num_videos=num_videos
-                )
+                size = {"num_frames": num_frames, "num_videos": num_videos}
+                row, shown = score(source, model, spec, vae, prompts, embeds, **size, thirds=thirds)
                 row.own = own_spec is not None
                 yield row, shown
         yield vae_ceiling(vae, num_frames=num_frames, num_videos=num_videos), []
@@ -165,9 +171,12 @@ def table(rows: Sequence[Row]) -> str:
         "| --- | --- " + "| --: " * (4 + len(COLUMNS)) + "|",
     ]
     for row in rows:
-        scores = row.scores
-        cells = [row.model, row.sampler, row.steps or "", row.num_frames, row.forwards or "", f"{row.seconds:.2f}"]
-        lines.append(f"| {' | '.join(map(str, cells))} | {' | '.join(f'{scores[name]:.3f}' for name in COLUMNS)} |")
+        cells = [row.sampler, row.steps or "", row.num_frames, row.forwards or "", f"{row.seconds:.2f}"]
+        parts = {"": row.judged, ", first third": row.thirds[0], ", last third": row.thirds[1]}
+        for part, judged in parts.items():
+            if judged:
+                scores = " | ".join(f"{summarise(judged)[name]:.3f}" for name in COLUMNS)
+                lines.append(f"| {row.model}{part} | {' | '.join(map(str, cells))} | {scores} |")
     chance = " | ".join(f"{CHANCE[name]:.3f}" if name in CHANCE else "" for name in COLUMNS)
     return "\n".join([*lines, f"| chance | | | | | | {chance} |"])
 
@@ -186,23 +195,23 @@ def paired_difference(first: np.ndarray, second: np.ndarray) -> tuple[float, flo
 
 
 def comparison(rows: Sequence[Row]) -> str:
-    """Every checkpoint against the pipelines of the same length: those with as many steps, and the one with the most. Empty
-    when there is nothing to compare."""
+    """Every checkpoint against the pipelines of the same length (those with as many steps, and the one with the most) and the
+    checkpoints before it with as many steps. Empty when there is nothing to compare."""
     lines = []
-    for row in (row for row in rows if row.own):
-        others = [other for other in rows if other.steps and not other.own and other.num_frames == row.num_frames]
-        most = max((other.steps for other in others), default=0)
-        for other in [other for other in others if other.steps in (row.steps, most)]:
+    for i, row in enumerate(rows):
+        same = [other for other in rows[:i] if row.own and other.num_frames == row.num_frames]
+        most = max((other.steps for other in same if not other.own), default=0)
+        for other in [o for o in same if o.steps == row.steps or (o.steps == most and not o.own)]:
             cells = []
-            for name in COMPARED:
+            for name in COLUMNS:
                 mean, low, high = paired_difference(measured(row.judged, name), measured(other.judged, name))
                 cells.append(f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]")
             names = f"{row.model}, {row.sampler} | {other.model}, {other.steps} x {other.sampler}"
             lines.append(f"| {names} | {row.num_frames} | {' | '.join(cells)} |")
     if not lines:
         return ""
-    title = f"| model | minus | frames | {_titles(COMPARED)} |"
-    return "\n".join([title, "| --- | --- " + "| --: " * (1 + len(COMPARED)) + "|", *lines])
+    title = f"| model | minus | frames | {_titles(COLUMNS)} |"
+    return "\n".join([title, "| --- | --- " + "| --: " * (1 + len(COLUMNS)) + "|", *lines])
 
 
 def _parse_rungs(text: str) -> tuple[float, ...]:
@@ -227,6 +236,7 @@ def main() -> None:
     parser.add_argument("--num-videos", type=int, default=192, help="videos a row (192)")
     parser.add_argument("--guidance", type=float, nargs="+", default=[3.0], help="u + g (c - u), of pipelines (3)")
     parser.add_argument("--rungs", nargs="+", default=[], help="ladders of few-step sampling, such as 1000,500")
+    parser.add_argument("--thirds", action="store_true", help="judge the first and the last third of each video too")
     parser.add_argument("--pipeline", default=TINY_WAN, help="whose text encoder and VAE are used (tiny-wan)")
     parser.add_argument("--raw", action="store_true", help="of checkpoints the student itself, not its moving average")
     parser.add_argument("--output", default="", help="folder for rows.json and a contact sheet a row")
@@ -246,11 +256,12 @@ def main() -> None:
         num_videos=args.num_videos,
         guidance=args.guidance,
         rungs=rungs,
+        thirds=args.thirds,
         pipeline=args.pipeline,
         raw=args.raw,
     ):
         rows.append(row)
-        print(table([row]).splitlines()[2], flush=True)
+        print("\n".join(table([row]).splitlines()[2:-1]), flush=True)
         if args.output and shown:
             name = f"{len(rows):02d}-{row.steps}-steps-{row.num_frames}-frames.png"
             contact_sheet(shown, Path(args.output) / name)

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -18,7 +19,7 @@ from fvtitan.models.pipeline import pipeline_shift
 from fvtitan.models.wan import weights
 from fvtitan.models.wan.model import WanCausalModel
 from fvtitan.samplers import SamplerSpec, num_forwards
-from fvtitan.score import score_sources, table
+from fvtitan.score import _parse_rungs, comparison, paired_difference, score_sources, table
 from tests.helpers import ROOT, make_cache, read_checkpoint, small_arguments, train
 
 
@@ -163,3 +164,46 @@ def test_training_minutes_come_from_the_rates(tmp_path):
 
 def test_the_shipped_transformer_is_a_tiny_one():
     assert transformer_tensors(str(tiny_wan_path())).keys() == transformer_tensors("").keys()
+
+
+def test_few_step_ladders_thirds_and_differences(checkpoint):
+    """Pipelines are sampled on the ladders too; a checkpoint is compared with what has as many steps and with the most, on the
+    same videos; the ends of a video are judged by themselves."""
+    keys = {"steps": (3, 2), "lengths": (21,), "num_videos": 2, "guidance": (3.0, 1.0), "thirds": True}
+    rows = [row for row, _ in score_sources(["tiny-wan", str(checkpoint)], rungs=[(1000.0, 500.0)], **keys)]
+    assert [(row.sampler, row.steps, row.forwards) for row in rows[:5]] == [
+        ("Euler, guidance 3", 3, 6),
+        ("Euler, guidance 3", 2, 4),
+        ("Euler", 3, 3),
+        ("Euler", 2, 2),
+        ("re-noised at 1000, 833", 2, 2),
+    ]
+    assert rows[5].sampler == "streamed Euler, guidance 3" and rows[5].own and not rows[0].own
+    assert all(len(third) == 2 for row in rows[:6] for third in row.thirds)
+    lines = table(rows).splitlines()
+    assert sum(", last third |" in line for line in lines) == 6 and len(lines) == 2 + 6 * 3 + 1 + 1
+    compared = comparison(rows).splitlines()[2:]
+    assert [line.split(" | ")[1] for line in compared] == [
+        "tiny-wan, 3 x Euler, guidance 3",
+        "tiny-wan, 2 x Euler, guidance 3",
+        "tiny-wan, 3 x Euler",
+        "tiny-wan, 2 x Euler",
+        "tiny-wan, 2 x re-noised at 1000, 833",
+    ]
+    assert comparison(rows[:5]) == ""
+
+
+def test_paired_differences_have_bootstrap_intervals():
+    rng = np.random.RandomState(0)
+    first, noise = rng.rand(400), 0.1 * rng.randn(400)
+    mean, low, high = paired_difference(first + 0.02 + noise, first)
+    error = 1.645 * noise.std() / 20
+    assert mean == pytest.approx(0.02 + noise.mean()) and low < mean < high
+    assert (mean - low, high - mean) == pytest.approx((error, error), rel=0.1)
+    assert paired_difference(first, first) == (0.0, 0.0, 0.0)
+
+
+@pytest.mark.parametrize("text", ["500,250", "1000,1000", "1000,x", "1000,0", "250,1000"])
+def test_ladders_that_are_none(text):
+    with pytest.raises(UserError, match=f"--rungs {text}: need timesteps that descend from 1000"):
+        _parse_rungs(text)
