@@ -143,7 +143,9 @@ class Validator:
         if self.rank == 0:
             folder = self.folder / f"step-{step}"
             if self._reference is not None:
-                rows = zip(*[samples[:SIDE_BY_SIDE_PROMPTS] for samples in columns.values()], strict=True)
+                rows = zip(
+                    *[samples[:SIDE_BY_SIDE_PROMPTS] for samples in columns.values()], strict=False
+                )  # the fewest
                 labelled = [
                     (f"{s.prompt}: {name}", s.frames) for row in rows for name, s in zip(columns, row, strict=True)
                 ]
