@@ -1,7 +1,7 @@
 """Videos from prompts, by a pipeline or a checkpoint, sampled as the model must be.
 
     python -m fvtitan.generate --model tiny-wan --prompts "a small red circle moving left" --output outputs/videos
-    python -m fvtitan.generate --model outputs/tiny_self_forcing/checkpoint/step-600 --stream --num-frames 105 \\
+    python -m fvtitan.generate --model outputs/tiny_self_forcing/checkpoint/step-800 --stream --num-frames 105 \\
         --prompts "a small red circle moving left" --output outputs/videos
 
 A model is a pipeline in diffusers layout ("tiny-wan", a folder, a hub id), sampled by Euler steps with guidance, or the

@@ -2,7 +2,7 @@
 
     python -m fvtitan.score                                             # tiny-wan at 50, 16 and 4 steps, and the VAE's ceiling
     python -m fvtitan.score --models tiny-wan outputs/tiny_dfsft/checkpoint/step-1500 --num-frames 33 105 --steps 50
-    python -m fvtitan.score --models tiny-wan outputs/tiny_dmd2/checkpoint/step-600 --rungs 1000 1000,500 1000,750,500,250
+    python -m fvtitan.score --models tiny-wan outputs/tiny_dmd2/checkpoint/step-1000 --rungs 1000 1000,500 1000,750,500,250
 
 A model is a pipeline in diffusers layout ("tiny-wan", a folder, a hub id), sampled by Euler steps, or a checkpoint of a run,
 sampled as its own method says; of a checkpoint the moving average is taken where there is one. `--rungs` samples few-step
