@@ -107,7 +107,8 @@ class RoleConfig:
     local_attn_frames: int = -1
     """wan_causal: latent frames that a block sees, measured from its end, its own included; -1: all."""
     sink_frames: int = 0
-    """wan_causal: first latent frames of the video that every block sees, beyond the window."""
+    """wan_causal: first latent frames of the video that every block sees, beyond the window; in videos longer than in
+    training, directly before it."""
     attention_backend: Literal["auto", "sdpa", "flex"] = "auto"
     """wan_causal, whole videos: sdpa makes one call a block; flex is FlexAttention (no backward on a CPU); auto takes flex on
     a GPU."""

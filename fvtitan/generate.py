@@ -68,6 +68,8 @@ def load_model(source: str, *, raw: bool = False, device: torch.device | str = "
     sizes, tensors = weights.read_checkpoint(source, "student", raw=raw)
     role = cfg.models["student"]
     model = MODELS[role.name].from_tensors(sizes, tensors, cfg.schedule, role, device)
+    if isinstance(model, CausalModelBase):
+        model.trained_frames = cfg.data.latent_size()[0]
     return Loaded(model, METHODS[cfg.method.name].sampler(cfg), cfg.data)
 
 

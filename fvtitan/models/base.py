@@ -97,6 +97,7 @@ class CausalModelBase(ModelBase):
     """A model that sees time in blocks: block-causal over a whole video, or streaming, block by block, over a KV cache."""
 
     causal: CausalConfig
+    trained_frames: int
 
     @abstractmethod
     def predict_velocity_with_context(

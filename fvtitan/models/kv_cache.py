@@ -35,6 +35,10 @@ class LayerPass:
     text: str
     """"compute": keys and values of the text from the embedding, as a pass with gradient must; "fill": and keep them;
     "reuse": take the kept ones."""
+    sink_shift: int = 0
+    """By how many frames the sink, the first range of the context, is seen later than it was."""
+    sink_rope: tuple[Tensor, Tensor] | None = None
+    """The rotation for that; the network makes it."""
 
 
 def store(buffer: Tensor, fresh: Tensor, runs: Runs) -> None:
@@ -50,7 +54,9 @@ class KVCache:
 
     The buffer spans `num_frames`, and a window is a slice of it; with `recycle` (inference only, needs a window) it holds
     the sink and one window, and slots are used again, so a stream has no end. `first_frame` is the number of the stream's
-    first frame: RoPE is relative, so it changes nothing but what long streams look like inside.
+    first frame: RoPE is relative, so it changes nothing but what long streams look like inside. Blocks that end after
+    `trained_frames` (0: none) see the sink directly before their window, as if nothing lay between: no distance then is one
+    that training never had.
     """
 
     def __init__(
@@ -68,6 +74,7 @@ class KVCache:
         dtype: torch.dtype,
         recycle: bool = False,
         first_frame: int = 0,
+        trained_frames: int = 0,
     ) -> None:
         self.causal = causal
         self.tokens_per_frame = tokens_per_frame
@@ -75,6 +82,7 @@ class KVCache:
         self.recycle = recycle and causal.window >= 0 and causal.sink + causal.window < num_frames
         self.num_slots = causal.sink + causal.window if self.recycle else num_frames
         self.first_frame = first_frame
+        self.trained_frames = trained_frames
 
         def empty(length: int) -> Tensor:
             return torch.empty(batch_size, length, num_heads, head_dim, device=device, dtype=dtype)
@@ -119,6 +127,7 @@ class KVCache:
                 f"a block ends at frame {end}, but the cache has room up to {self.first_frame + self.num_slots}"
             )
         earlier = earlier_frames(start - self.first_frame, end - self.first_frame, self.causal.window, self.causal.sink)
+        shift = self._sink_shift(earlier, start - self.first_frame, end - self.first_frame)
         shifted = tuple((low + self.first_frame, high + self.first_frame) for low, high in earlier)
         context = self._tokens(shifted)
         slots = self._tokens(((start, end),)) if write else None
@@ -129,4 +138,11 @@ class KVCache:
         if write:
             assert not torch.is_grad_enabled(), "only a pass without gradient may write into the cache"
             self.end = end
-        return [LayerPass(layer, context, slots, text) for layer in self.layers]
+        return [LayerPass(layer, context, slots, text, shift) for layer in self.layers]
+
+    def _sink_shift(self, earlier: Runs, start: int, end: int) -> int:
+        sink = self.causal.sink
+        if not self.trained_frames or end <= self.trained_frames or not sink or earlier[0] != (0, sink):
+            return 0
+        window = earlier[1][0] if len(earlier) > 1 else start
+        return window - sink

@@ -271,3 +271,44 @@ def test_compiled_blocks_equal_eager_ones_and_make_no_new_graphs():
         for block in model.transformer.blocks:
             block._compiled_call_impl = None  # eager again
         torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("recycle", [False, True])
+def test_past_the_trained_length_the_sink_is_seen_directly_before_the_window(recycle):
+    """The last of 5 blocks, window 6, sink 3, trained on 9 frames: as if the sink's block had been committed at frames 6 - 8,
+    in a stream that begins there, with the same block at 9 - 11 behind it. Up to 9 frames nothing changes."""
+    model = causal_model(random_transformer(dtype=torch.float64), local_attn_frames=6, sink_frames=3)
+    rng = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 15, 16, 4, 4, generator=rng, dtype=torch.float64)
+    cond = Conditioning(torch.randn(2, SMALL.text_len, SMALL.text_dim, generator=rng, dtype=torch.float64))
+    sigma = torch.full((2, 3), 0.5, dtype=torch.float64)
+
+    def stream(trained_frames):
+        model.trained_frames, model._cache = trained_frames, None
+        cache, out = model.new_cache(x.shape, recycle=recycle), []
+        with torch.no_grad():
+            for start in range(0, 15, 3):
+                block = x[:, start : start + 3]
+                out.append(model.predict_velocity_streaming(block, sigma, cond, cache, start))
+                if start < 12:
+                    model.commit(block, cond, cache, start)
+        return out, cache
+
+    absolute, _ = stream(0)
+    out, cache = stream(9)
+    for block in range(3):
+        assert torch.equal(out[block], absolute[block])
+    assert not torch.allclose(out[3], absolute[3], atol=1e-6) and not torch.allclose(out[4], absolute[4], atol=1e-6)
+
+    reference = causal_model(model.transformer)  # no window: it sees all of the stream that begins at frame 6
+    near = reference.new_cache((2, 9, 16, 4, 4), first_frame=6)
+    with torch.no_grad():
+        reference.commit(x[:, :3], cond, near, 6)
+        tokens, slot = cache.tokens_per_frame, cache._slots(9, 12)[0]
+        for ours, theirs in zip(near.layers, cache.layers, strict=True):
+            for name in ("key", "value"):
+                kept = getattr(theirs, name)[:, slot[0] * tokens : slot[1] * tokens]
+                getattr(ours, name)[:, 3 * tokens : 6 * tokens] = kept
+        near.end = 12
+        expected = reference.predict_velocity_streaming(x[:, 12:], sigma, cond, near, 12)
+    assert torch.allclose(out[4], expected, atol=1e-12)

@@ -126,6 +126,8 @@ class WanCausalModel(WanModel, CausalModelBase):
         # FlexAttention is the fast one, but has no backward on a CPU.
         self.backend = ("flex" if self.device.type == "cuda" else "sdpa") if backend == "auto" else backend
         self._cache: tuple[tuple, KVCache] | None = None
+        self.trained_frames = 0
+        """Latent frames of the videos it was trained on; 0: unknown. Longer streams see their sink nearer."""
 
     @classmethod
     def build(cls, cfg: JobConfig, role: str, mesh: DeviceMesh, device: torch.device) -> WanModel:
@@ -134,7 +136,9 @@ class WanCausalModel(WanModel, CausalModelBase):
             raise UserError(
                 f'models.{role}.attention_backend = "flex": FlexAttention has no backward on a CPU; use "sdpa" or "auto"'
             )
-        return super().build(cfg, role, mesh, device)
+        model = super().build(cfg, role, mesh, device)
+        model.trained_frames = cfg.data.latent_size()[0]
+        return model
 
     def _plan(self, num_frames: int, clean_context: bool = False) -> BlockCausal:
         causal = self.causal
@@ -167,6 +171,7 @@ class WanCausalModel(WanModel, CausalModelBase):
                 dtype=self.dtype,
                 recycle=recycle,
                 first_frame=first_frame,
+                trained_frames=self.trained_frames,
             )
             self._cache = (key, cache)
         cache = self._cache[1]

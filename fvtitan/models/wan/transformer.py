@@ -9,6 +9,7 @@ RoPE, modulation and norms in at least float32, so a noise level of 937.5 / 1000
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -137,7 +138,10 @@ class SelfAttention(Attention):
         if stream is not None:
             fresh_k, fresh_v, layer = k, v, stream.layer
             if stream.context:  # copies: nothing of the graph points into the cache
-                k = torch.cat([*(layer.key[:, low:high] for low, high in stream.context), k], dim=1)
+                keys = [layer.key[:, low:high] for low, high in stream.context]
+                if stream.sink_rope is not None:
+                    keys[0] = apply_rope(keys[0], stream.sink_rope)
+                k = torch.cat([*keys, k], dim=1)
                 v = torch.cat([*(layer.value[:, low:high] for low, high in stream.context), v], dim=1)
             if stream.write is not None:
                 store(layer.key, fresh_k, stream.write)
@@ -264,6 +268,9 @@ class WanTransformer(nn.Module):
         passes: list[LayerPass] | list[None] = [None] * len(self.blocks)
         if cache is not None:
             passes = cache.passes(start_frame, start_frame + grid[0], write=commit)
+            if shift := passes[0].sink_shift:  # rotations add up: the keys lie there with that of their own place
+                later = rope_table(1, 1, 1, self.cfg.head_dim, shift, x.device, _wide(compute))
+                passes = [dataclasses.replace(each, sink_rope=later) for each in passes]
         text = self.embed_text(text.to(compute), cache)
         mask = prepare(plan, grid[1] * grid[2], x.device) if plan is not None else None
         for block, stream in zip(self.blocks, passes, strict=True):
