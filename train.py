@@ -20,6 +20,7 @@ from fvtitan.components.checkpoint import Checkpointer, TrainState
 from fvtitan.components.ema import EMA
 from fvtitan.components.files import write_atomic
 from fvtitan.components.metrics import MetricLogger
+from fvtitan.components.resume import check_changes
 from fvtitan.components.rng import seed_global_generators
 from fvtitan.components.validation import Validator
 from fvtitan.config import load_config
@@ -32,6 +33,7 @@ from fvtitan.distributed.utils import (
     init_distributed,
     log,
     mean_over_ranks,
+    on_rank_zero,
     reshard,
 )
 from fvtitan.errors import cli
@@ -84,6 +86,7 @@ def main() -> None:
             dp_world=world_size,
             num_workers=cfg.data.num_workers,
             pin_memory=device.type == "cuda",
+            allow_changed=cfg.checkpoint.allow_changed,
         )
         at_exit.callback(batches.close)
         ema = EMA(student, cfg.ema) if cfg.ema.enable else None
@@ -103,10 +106,13 @@ def main() -> None:
             at_exit.callback(checkpointer.close)
             source = checkpointer.find(cfg.checkpoint)
             if source is not None:
+                for change in on_rank_zero(lambda: check_changes(source, cfg, cfg.checkpoint.allow_changed)):
+                    log(change)
                 method.seed_optimizer_state_for_resume()
                 for module in method.role_modules.values():
                     reshard(module)
                 checkpointer.load(source, states)
+                method.apply_hyper_parameters()
                 log(f"resumed from {source}: {train_state.step} of {cfg.training.steps} steps are done")
             else:
                 log("no checkpoint to resume from: a fresh start")

@@ -299,6 +299,8 @@ class CheckpointSection:
     """When the dump folder holds no checkpoint: start from this checkpoint folder (`.../checkpoint/step-<N>`)."""
     require_resume: bool = False
     """Fail when there is no checkpoint to resume from."""
+    allow_changed: tuple[str, ...] = ()
+    """Keys that may differ from those the checkpoint was made with, such as optimizer.lr. Keys of execution always may."""
 
     def check(self) -> None:
         _require(self.interval >= 1, f"checkpoint.interval = {self.interval}: must be >= 1")
@@ -431,10 +433,10 @@ class JobConfig:
             f"models.student.name = {self.models['student'].name!r}: method {self.method.name!r} trains a "
             f"{method.student_model!r} student",
         )
-        self.method.check(self)
         for role, model in self.models.items():
             if model.name == "wan_causal":
                 self._check_blocks(role, model)
+        self.method.check(self)
 
     def _check_blocks(self, role: str, model: RoleConfig) -> None:
         try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -45,18 +45,21 @@ def has_weight_decay(name: str, parameter: nn.Parameter) -> bool:
     return parameter.ndim >= 2 and not name.endswith("modulation")
 
 
+def hyper_parameters(group: dict[str, Any], cfg: OptimizerConfig) -> dict[str, Any]:
+    """What the configuration says about a parameter group; `lr` before any schedule."""
+    decay = cfg.weight_decay if group["decays"] else 0.0
+    return {"lr": cfg.lr, "betas": cfg.betas, "eps": cfg.eps, "weight_decay": decay}
+
+
 def build_optimizer(module: nn.Module, cfg: OptimizerConfig) -> torch.optim.AdamW:
     """AdamW over the trainable parameters of one role, in two groups: with and without weight decay."""
     trainable = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
     groups = [
-        {"params": [p for n, p in trainable if has_weight_decay(n, p)], "weight_decay": cfg.weight_decay},
-        {"params": [p for n, p in trainable if not has_weight_decay(n, p)], "weight_decay": 0.0},
+        {"params": [p for n, p in trainable if has_weight_decay(n, p)], "decays": True},
+        {"params": [p for n, p in trainable if not has_weight_decay(n, p)], "decays": False},
     ]
     return OPTIMIZERS[cfg.name](
-        [group for group in groups if group["params"]],
-        lr=cfg.lr,
-        betas=cfg.betas,
-        eps=cfg.eps,
+        [group | hyper_parameters(group, cfg) for group in groups if group["params"]],
         fused=cfg.implementation == "fused",
         foreach=cfg.implementation == "foreach",
     )

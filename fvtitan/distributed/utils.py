@@ -89,16 +89,18 @@ def reshard(module: nn.Module) -> None:
 
 @contextlib.contextmanager
 def gathered(module: nn.Module) -> Iterator[None]:
-    """Inside, a sharded module keeps what its forwards gather, so that several in a row gather once. For modules that are
-    built to reshard after a forward, as they do again afterwards."""
+    """Inside, a sharded module keeps what its forwards gather, so that several in a row, and backwards between them, gather
+    once. For modules that are built to reshard after a forward, as they do again afterwards."""
     parts = [part for part in module.modules() if isinstance(part, FSDPModule)]
     for part in parts:
         part.set_reshard_after_forward(False, recurse=False)
+        part.set_reshard_after_backward(False, recurse=False)
     try:
         yield
     finally:
         for part in parts:
             part.set_reshard_after_forward(True, recurse=False)
+            part.set_reshard_after_backward(True, recurse=False)
         reshard(module)
 
 

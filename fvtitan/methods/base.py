@@ -19,7 +19,7 @@ from fvtitan.components.checkpoint import (
     seed_optimizer_state,
 )
 from fvtitan.components.lr_scheduler import build_lr_scheduler
-from fvtitan.components.optimizer import build_optimizer
+from fvtitan.components.optimizer import build_optimizer, hyper_parameters
 from fvtitan.components.rng import SampleStreams, fold
 from fvtitan.data.latent_cache import LatentCache
 from fvtitan.errors import UserError
@@ -164,6 +164,15 @@ class TrainingMethod(nn.Module, ABC):
             states[f"optimizers.{role}"] = OptimizerState(module, self.optimizers[role])
             states[f"schedulers.{role}"] = SchedulerState(self.lr_schedulers[role])
         return states
+
+    def apply_hyper_parameters(self) -> None:
+        """Give loaded optimizers and schedules the values of this run's configuration, at the position they are at."""
+        for role, optimizer in self.optimizers.items():
+            cfg, scheduler = self.cfg.role_optimizer(role), self.lr_schedulers[role]
+            scheduler.base_lrs = [cfg.lr] * len(optimizer.param_groups)
+            for group, factor in zip(optimizer.param_groups, scheduler.lr_lambdas, strict=True):
+                group |= hyper_parameters(group, cfg)
+                group |= {"initial_lr": cfg.lr, "lr": cfg.lr * factor(scheduler.last_epoch)}
 
     def seed_optimizer_state_for_resume(self) -> None:
         """Give fresh optimizers the entries that a checkpoint loads into; parameters and step counts stay as they are."""

@@ -65,12 +65,14 @@ class SelfForcingConfig(DMD2Config):
             )
         if not 0 <= self.context_noise < NUM_TIMESTEPS:
             raise UserError(f"method.context_noise = {self.context_noise}: a timestep, in [0, 1000)")
-        frames = cfg.data.latent_size()[0]
-        if not 0 <= self.start_gradient_frame < frames:
+        last, _ = block_starts(student.causal().blocks(cfg.data.latent_size()[0]))[-1]
+        if not 0 <= self.start_gradient_frame <= last:
             raise UserError(
-                f"method.start_gradient_frame = {self.start_gradient_frame}: must be in [0, {frames}), the latent frames of "
-                f"data.num_frames = {cfg.data.num_frames}"
+                f"method.start_gradient_frame = {self.start_gradient_frame}: must be in [0, {last}], or no block of "
+                f"data.num_frames = {cfg.data.num_frames} would be trained"
             )
+        if self.last_step_only and not self.same_step_across_blocks:
+            raise UserError("method.same_step_across_blocks = false has no effect with last_step_only = true")
         if self.max_num_frames:
             self._check_long(cfg)
 
@@ -82,6 +84,11 @@ class SelfForcingConfig(DMD2Config):
             student.causal().blocks((self.max_num_frames - 1) // 4 + 1)
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
+        if self.max_num_frames > cfg.data.num_frames and len(student.causal().blocks(cfg.data.latent_size()[0])) < 2:
+            raise UserError(
+                f"{where}: the first scored block of a long rollout gets no gradient, so data.num_frames = "
+                f"{cfg.data.num_frames} needs at least 2 blocks"
+            )
         if self.max_num_frames > cfg.data.num_frames and student.local_attn_frames < 0:
             raise UserError(
                 f"{where} is longer than data.num_frames = {cfg.data.num_frames}, but models.student.local_attn_frames = -1: "

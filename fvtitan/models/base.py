@@ -107,8 +107,9 @@ class CausalModelBase(ModelBase):
 
     @abstractmethod
     def new_cache(self, latent_shape: Sequence[int], *, recycle: bool = False, first_frame: int = 0) -> KVCache:
-        """An empty cache for a rollout of `[B, T, C, H, W]`. There is one a model: it is emptied and returned again as long
-        as the shape is the same, so a new rollout ends the one before. `recycle` (inference) holds no more than a window."""
+        """An empty cache for a rollout of `[B, T, C, H, W]`. There is one a model: it is emptied and returned again as long as
+        the size is the same and T fits, so a new rollout ends the one before. `recycle` (inference) holds no more than a
+        window."""
 
     @abstractmethod
     def predict_velocity_streaming(

@@ -91,6 +91,10 @@ class KVCache:
         self.layers = [LayerCache(*map(empty, sizes)) for _ in range(num_layers)]
         self.reset()
 
+    def holds(self, num_frames: int) -> bool:
+        """Whether a stream of so many frames fits."""
+        return self.recycle or num_frames <= self.num_slots
+
     def reset(self) -> None:
         """Forget everything; the memory stays."""
         self.end = self.first_frame

@@ -197,3 +197,53 @@ def test_training_imports_no_encoder(cache, tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_a_changed_key_is_refused_with_both_values_or_takes_effect(cache, tmp_path, capsys):
+    """What decides what is learned; nothing of the run is touched by the refusal. With leave, the new learning rate is used
+    from the next step on, at the schedule's position, and the weight decay by every matrix."""
+    keys = {"training__steps": 4, "checkpoint__interval": 2}
+    assert train(small_arguments(cache, tmp_path, **keys)) == 0
+    shutil.rmtree(tmp_path / "checkpoint/step-4")
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    changed = {**keys, "optimizer__lr": 2e-3, "optimizer__weight_decay": 0.5, "ema__decay": 0.7}
+    capsys.readouterr()
+    assert train(small_arguments(cache, tmp_path, **changed)) == 2
+    (error,) = capsys.readouterr().err.strip().splitlines()
+    assert (
+        "step-2 was made with ema.decay = 0.8 (now 0.7), optimizer.lr = 0.001 (now 0.002), optimizer.weight_decay"
+        in error
+    )
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+
+    allowed = ["ema.decay", "optimizer.lr", "optimizer.weight_decay"]
+    assert train([*small_arguments(cache, tmp_path, **changed), "--checkpoint.allow_changed", *allowed]) == 0
+    assert "changed since the checkpoint, as allowed: optimizer.lr, 0.001 -> 0.002" in capsys.readouterr().out
+    lr = [record["lr/student"] for record in read_metrics(tmp_path / "metrics.jsonl")]
+    assert lr[2] == pytest.approx(2 * 1e-3) and lr[3] == pytest.approx(2e-3 / 2)  # cosine: 1 and 1/2 of the peak
+    groups = json.loads((tmp_path / "checkpoint/step-4/state.json").read_text())["states"]["optimizers.student"]
+    assert sorted(group["weight_decay"] for group in groups["param_groups"]) == [0.0, 0.5]
+
+
+def test_an_allowed_key_must_exist(cache, tmp_path, capsys):
+    assert train(small_arguments(cache, tmp_path, training__steps=1)) == 0
+    arguments = small_arguments(cache, tmp_path, training__steps=2)
+    assert train([*arguments, "--checkpoint.allow_changed", "optimizer.rl"]) == 2
+    assert "'optimizer.rl' is not a key of this run. Did you mean 'optimizer.lr'" in capsys.readouterr().err
+
+
+def test_keys_of_execution_may_change(cache, tmp_path):
+    """Workers, batch split, checkpointing of activations, validation, logging, the number of steps: the same training."""
+    assert train(small_arguments(cache, tmp_path / "whole", training__steps=4, training__global_batch_size=2)) == 0
+    assert train(small_arguments(cache, tmp_path / "split", training__steps=2, training__global_batch_size=2)) == 0
+    other = {
+        "training__steps": 4,
+        "training__local_batch_size": 1,
+        "training__global_batch_size": 2,
+        "data__num_workers": 1,
+        "activation_checkpoint__mode": "full",
+        "metrics__log_freq": 2,
+        "lr_scheduler__decay_type": "cosine",
+    }
+    assert train(small_arguments(cache, tmp_path / "split", **other)) == 0
+    assert len(read_metrics(tmp_path / "split/metrics.jsonl")) == 4

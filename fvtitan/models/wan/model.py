@@ -154,9 +154,9 @@ class WanCausalModel(WanModel, CausalModelBase):
         return _wide(self.transformer(noisy, sigma, cond.text, plan=plan, context=(clean, clean_sigma)))
 
     def new_cache(self, latent_shape: Sequence[int], *, recycle: bool = False, first_frame: int = 0) -> KVCache:
-        key = (tuple(latent_shape), recycle, first_frame)
-        if self._cache is None or self._cache[0] != key:
-            sizes, (batch, frames, _, height, width) = self.transformer.cfg, latent_shape
+        sizes, (batch, frames, _, height, width) = self.transformer.cfg, latent_shape
+        key = (batch, height, width, recycle, first_frame)
+        if self._cache is None or self._cache[0] != key or not self._cache[1].holds(frames):
             self._cache = None  # the old one goes before the new one comes
             cache = KVCache(
                 self.causal,
