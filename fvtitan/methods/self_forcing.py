@@ -20,7 +20,7 @@ from fvtitan.components.rng import SampleStreams, fold
 from fvtitan.errors import UserError
 from fvtitan.flow_matching import NUM_TIMESTEPS
 from fvtitan.methods.dmd2 import DMD2Config, DMD2Method, distribution_matching_loss
-from fvtitan.models.base import CausalModelBase, Conditioning
+from fvtitan.models.base import CausalModelBase, Conditioning, ModelBase
 from fvtitan.models.blocks import block_starts
 from fvtitan.models.kv_cache import KVCache
 from fvtitan.samplers import FreshNoise, SamplerSpec, solve
@@ -50,6 +50,9 @@ class SelfForcingConfig(DMD2Config):
     and its backward: the activations of one block, whatever the length. Their gradients are equal."""
     max_num_frames: int = 0
     """Long rollouts: a random length up to this many video frames, of which the last data.num_frames are scored. 0: none."""
+    reencode_first_frame: bool = False
+    """Long rollouts: score the last data.num_frames as a video of their own, whose first latent frame is made anew from the
+    picture it ends with (data.pipeline's VAE), as the authors do; off: it stays, as a latent of four pictures."""
     num_frames_per_block: int | None = None
     """The same as models.student.frames_per_block, for recipes that have it here; must agree with it."""
 
@@ -75,6 +78,8 @@ class SelfForcingConfig(DMD2Config):
             raise UserError("method.same_step_across_blocks = false has no effect with last_step_only = true")
         if self.max_num_frames:
             self._check_long(cfg)
+        elif self.reencode_first_frame:
+            raise UserError("method.reencode_first_frame has no effect without max_num_frames")
 
     def _check_long(self, cfg: JobConfig) -> None:
         student, where = cfg.models["student"], f"method.max_num_frames = {self.max_num_frames}"
@@ -122,6 +127,14 @@ class SelfForcingMethod(DMD2Method):
     student_model: ClassVar[str] = "wan_causal"
     student: CausalModelBase
 
+    def __init__(self, *, cfg: JobConfig, role_models: dict[str, ModelBase]):
+        super().__init__(cfg=cfg, role_models=role_models)
+        self.vae = None
+        if cfg.method.reencode_first_frame:
+            from fvtitan.models.encoders import VideoVAE
+
+            self.vae = VideoVAE(cfg.data.pipeline, device=self.device)
+
     @classmethod
     def sampler(cls, cfg: JobConfig) -> SamplerSpec:
         """As in training: streaming, on the student's own rungs, without guidance."""
@@ -146,7 +159,7 @@ class SelfForcingMethod(DMD2Method):
         skipped = self.masked_frames(step, "student")
         loss = distribution_matching_loss(window[:, skipped:], gradient[:, skipped:])
         slope = torch.zeros_like(rollout.video, dtype=gradient.dtype)
-        self.scored(slope)[:, skipped:] = gradient[:, skipped:] / gradient[:, skipped:].numel()
+        slope[:, slope.shape[1] - window.shape[1] + skipped :] = gradient[:, skipped:] / gradient[:, skipped:].numel()
         return _Replayed.apply(loss.requires_grad_(), lambda scale: self.replay(rollout, scale * slope, step)), metrics
 
     def replay(self, rollout: Rollout, slope: Tensor, step: int) -> None:
@@ -225,7 +238,14 @@ class SelfForcingMethod(DMD2Method):
 
     def scored(self, video: Tensor) -> Tensor:
         """The part of a rollout that teacher and critic see: its last frames, as many as a clip has."""
-        return video[:, -self.cfg.data.latent_size()[0] :]
+        frames = self.cfg.data.latent_size()[0]
+        if self.vae is None or video.shape[1] == frames:
+            return video[:, -frames:]
+        rest = frames - 1
+        with torch.no_grad():
+            pixels = self.vae.decode(video[:, : video.shape[1] - rest].detach())
+            first = self.vae.encode(pixels[:, -1:]).to(video.dtype)
+        return torch.cat([first, video[:, video.shape[1] - rest :]], dim=1)
 
     def masked_frames(self, step: int, role: str) -> int:
         """Frames at the start of the scored part that get no gradient. The first latent frame of a video holds one picture,

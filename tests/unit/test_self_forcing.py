@@ -214,11 +214,19 @@ SHAPES = {
     "long": LONG,
     "long, independent first frame": LONG_FIRST,
     "checkpointed, long": {**LONG, "checkpointing": True},
+    "long, first frame made anew": {**LONG, "reencode_first_frame": True},
 }
 
 
 PRECISIONS = {"fp32": (torch.float32, 1e-5), "fp64": (torch.float64, 1e-10)}
-SLOW_IN_FP64 = {"window and sink", "ode", "later blocks", "last rung", "checkpointed, long"}
+SLOW_IN_FP64 = {
+    "long, first frame made anew",
+    "window and sink",
+    "ode",
+    "later blocks",
+    "last rung",
+    "checkpointed, long",
+}
 
 
 @pytest.mark.parametrize(
@@ -325,6 +333,18 @@ def test_the_critic_rolls_the_same_way_without_a_graph(toys):
 
 
 # -------------------------------------------------------------------------------------------------- long rollouts
+
+
+def test_the_first_scored_frame_may_be_made_anew(toys):
+    """The picture with which the frames up to there end, as the latent of a video's start; the others stay, and a rollout as
+    long as a clip stays whole."""
+    method, video = wan(toys, **LONG, reencode_first_frame=True), torch.randn(2, 15, 16, 4, 4)
+    window = method.scored(video)
+    pixels = method.vae.decode(video[:, :7])
+    assert torch.equal(window[:, 1:], video[:, 7:]) and pixels.shape[1] == 25
+    assert torch.allclose(window[:, :1], method.vae.encode(pixels[:, -1:]), atol=1e-6)
+    assert torch.equal(method.scored(video[:, :9]), video[:, :9])
+    assert torch.equal(wan(toys, **LONG).scored(video), video[:, 6:])
 
 
 @pytest.mark.parametrize("first", [False, True], ids=["blocks", "independent first frame"])
@@ -696,6 +716,7 @@ def test_mutations_are_seen(toys, monkeypatch, mutation, check):
             "method.max_num_frames = 13: 4 latent frames do not divide into blocks of 3",
         ),
         ({}, {"max_num_frames": 17}, {}, "models.student.local_attn_frames = -1"),
+        ({}, {"reencode_first_frame": True}, {}, "method.reencode_first_frame has no effect without max_num_frames"),
         ({"frames_per_block": 2}, {}, {}, "data.num_frames = 9, models.student: 3 latent frames do not divide"),
         ({}, {"gradient_mode": "both"}, {}, "method.gradient_mode = 'both' is not allowed."),
         ({}, {"student_sample_type": "sdee"}, {}, "Did you mean 'sde'"),
