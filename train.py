@@ -63,9 +63,6 @@ def main() -> None:
 
         # ----------------------------------------------------------------------------------------------- data
         prepare_data(cfg)
-        if rank == 0:
-            dump_folder.mkdir(parents=True, exist_ok=True)
-            write_atomic(dump_folder / "config.toml", cfg.to_toml())
 
         # ----------------------------------------------- roles, method (optimizers and schedules by role)
         method_class = METHODS[cfg.method.name]
@@ -122,6 +119,9 @@ def main() -> None:
             return
 
         # ------------------------------------------------------------------------------- metrics, validation
+        if rank == 0:
+            dump_folder.mkdir(parents=True, exist_ok=True)
+            write_atomic(dump_folder / "config.toml", cfg.to_toml())
         metrics = MetricLogger(
             dump_folder,
             rank=rank,

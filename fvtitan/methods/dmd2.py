@@ -195,10 +195,10 @@ class DMD2Method(TrainingMethod):
         self, generated: Tensor, prompts: list[Tensor], streams: SampleStreams, batch: dict[str, Any], step: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The distribution-matching gradient `[B, T, C, H, W]` of the student's videos, and what to log of it."""
+        self.require_finite(step, batch, {"student": generated})
         sigma, noisy = self.noise_for_scores(generated, streams)
         fake = self.critic.predict_x0(noisy, sigma, self.critic.conditioning(prompts))
         real, conditional = self.teacher_x0(noisy, sigma, prompts)
-        self.require_finite(step, batch, {"student": generated})
         self.require_finite(step, batch, {"critic": fake, "teacher": real})
         metrics = {
             "dmd/student_real_distance": (generated - real).abs().mean(),
@@ -246,9 +246,10 @@ class DMD2Method(TrainingMethod):
             x0 = batch["latents"].to(self.device, torch.float32, non_blocking=True)
             noise = streams.randn("noise", *x0.shape[1:])
             x = self.student.add_noise(x0, noise, self._level(self.sigmas[exit_rung], x0))
-        else:
+            return self.student.predict_x0(x, self._level(self.sigmas[exit_rung], x), cond)
+        with self.student.gathered():
             x = self.simulate(streams, self.latent_shape(batch), cond, exit_rung)
-        return self.student.predict_x0(x, self._level(self.sigmas[exit_rung], x), cond)
+            return self.student.predict_x0(x, self._level(self.sigmas[exit_rung], x), cond)
 
     def masked_frames(self, step: int, role: str) -> int:
         """Frames at the start of what is scored that get no gradient."""
