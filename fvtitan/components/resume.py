@@ -28,10 +28,13 @@ RUNTIME = re.compile(
 def changed_keys(saved: JobConfig, current: JobConfig) -> dict[str, tuple[Any, Any]]:
     """`{key: (saved, current)}` of the keys that decide what is learned and differ."""
     before, now = _flat(dataclasses.asdict(saved)), _flat(dataclasses.asdict(current))
+    optional = saved.models.keys() ^ current.models.keys()  # a teacher whose trajectories are all made
     return {
         key: (before.get(key), now.get(key))
         for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and not RUNTIME.fullmatch(key)
+        if before.get(key) != now.get(key)
+        and not RUNTIME.fullmatch(key)
+        and not (key.startswith("models.") and key.split(".")[1] in optional)
     }
 
 

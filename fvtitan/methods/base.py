@@ -58,7 +58,7 @@ class TrainingMethod(nn.Module, ABC):
         self.student = role_models["student"]
         self.device = self.student.device
         for role, model in role_models.items():
-            if model.latent_channels != self.student.latent_channels:
+            if role != "student" and model.latent_channels != self.student.latent_channels:
                 raise UserError(
                     f"models.{role}: its latents have {model.latent_channels} channels, the student's "
                     f"{self.student.latent_channels}: they do not share a VAE"

@@ -113,6 +113,7 @@ def fail(folder: Path) -> dict:
     checkpoint._entry = original
     dist.barrier()
     assert checkpointer.steps() == [] and not list(folder.iterdir())
+    dist.barrier()  # rank 0 makes its next files after the others have looked
     checkpointer.save(1, states)
     if rank == 0:
         shard = checkpointer.path(1) / "__1_0.distcp"

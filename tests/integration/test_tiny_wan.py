@@ -9,9 +9,9 @@ from fvtitan import samplers
 from fvtitan.assets import tiny_wan_path
 from fvtitan.components.validation import to_uint8
 from fvtitan.flow_matching import euler_ladder
+from fvtitan.generate import load_model
 from fvtitan.models.encoders import TextEncoder, VideoVAE
 from fvtitan.samplers import SamplerSpec
-from fvtitan.score import load_model
 
 
 def test_our_sampler_gives_wanpipelines_video():
@@ -30,7 +30,7 @@ def test_our_sampler_gives_wanpipelines_video():
     latents = pipeline(prompt, **call, **size, output_type="latent").frames.transpose(1, 2)
     video = pipeline(prompt, **call, **size, output_type="np").frames[0]  # [T, H, W, 3] in [0, 1]
 
-    model, *_ = load_model("tiny-wan")
+    model = load_model("tiny-wan").model
     encoder, vae = TextEncoder("tiny-wan"), VideoVAE("tiny-wan")
     cond, uncond = (model.conditioning(encoder.encode([text])) for text in (prompt, ""))
     spec = SamplerSpec(tuple(euler_ladder(steps, pipeline.scheduler.config.shift)), guidance)

@@ -788,7 +788,7 @@ def test_what_is_read_is_what_was_made(base, prompts, tmp_path, single_process_g
         ({}, {"t_list": [900.0, 750.0, 0.0]}, {}, "need descending timesteps that begin at 1000"),
         ({}, {"t_list": [1000.0, 999.0, 0.0]}, {}, "need descending timesteps that begin at 1000"),
         ({}, {"t_list": [1000.0, 750.0, 900.0, 0.0], "student_sample_steps": 3}, {}, "need descending timesteps"),
-        ({}, {"t_list": [1000.0, 750.0, 0.0, 0.0], "student_sample_steps": 3}, {}, "0 is not near a step"),
+        ({}, {"t_list": [1000.0, 750.0, 0.0, 0.0], "student_sample_steps": 3}, {}, "0 is not a timestep in (0, 1000]"),
         ({}, {"t_list": [1000.0, "750", 0.0]}, {}, "method.t_list[1] = '750' has the wrong type"),
         ({}, {"cache_dtype": "float16"}, {}, "method.cache_dtype = 'float16' is not allowed"),
         ({}, {"student_sample_type": "sd"}, {}, "Did you mean 'sde'"),
