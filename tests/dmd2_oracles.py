@@ -166,7 +166,7 @@ def close(found: float | Tensor, expected: float, error: float) -> None:
     assert abs(float(found) - expected) <= error, f"{float(found)} is not {expected} +- {error}"
 
 
-# --------------------------------------------------------------------------------------- 4.7 (a): the gradient
+# --------------------------------------------------------------------------------------- the gradient
 
 
 def check_gradient(cache: Path, folder: Path, sigma: float, draws: int = 4_000_000) -> None:
@@ -210,7 +210,7 @@ def check_gradient(cache: Path, folder: Path, sigma: float, draws: int = 4_000_0
     close(scale, folded, STANDARD_ERRORS * math.hypot(centre, spread) / draws**0.5)
 
 
-# ------------------------------------------------------------------------ 4.7 (b), (c): the loss and the normaliser
+# ------------------------------------------------------------------------ the loss and the normaliser
 
 
 def check_loss_identity() -> None:
@@ -247,7 +247,7 @@ def check_normaliser_is_per_sample() -> None:
     assert not torch.equal(after[0], before[0])
 
 
-# ------------------------------------------------------------------------------------- 4.7 (d): guidance's fixed point
+# ------------------------------------------------------------------------------------- guidance's fixed point
 
 
 def check_guidance_fixed_point(cache: Path, folder: Path, guidance: float, *, normaliser: bool = False) -> None:
@@ -268,7 +268,7 @@ def check_guidance_fixed_point(cache: Path, folder: Path, guidance: float, *, no
     close(mean.detach(), -0.5 + guidance * 1.5, 0.05)
 
 
-# ------------------------------------------------------------------------------------ 4.7 (e): where scores are asked
+# ------------------------------------------------------------------------------------ where scores are asked
 
 
 def check_score_levels(cache: Path, folder: Path, draws: int = 100_000) -> None:
@@ -316,7 +316,7 @@ def asked(method: DMD2Method, rungs: int) -> list[dict[str, Any]]:
     return method.student.calls
 
 
-# ----------------------------------------------------------------------------------- 4.7 (g): what the critic learns
+# ----------------------------------------------------------------------------------- what the critic learns
 
 
 class MLP(nn.Module):
@@ -385,7 +385,7 @@ def check_critic_learns(cache: Path, folder: Path, tau: float) -> None:
         close((network(noisy, level) - exact).square().mean().sqrt(), 0, 0.05)
 
 
-# ------------------------------------------------------------------------------------ 4.7 (f): a ring of 8 Gaussians
+# ------------------------------------------------------------------------------------ a ring of 8 Gaussians
 
 RADIUS, DEVIATION = 1.5, 0.2
 CENTRES = RADIUS * torch.stack([torch.tensor([math.cos(a), math.sin(a)]) for a in torch.arange(8) * math.pi / 4])
@@ -484,7 +484,7 @@ def train_on_ring(method: DMD2Method, updates: int, *, decay: float = 0.98) -> d
         return distance_to_ring(method.student.predict_x0(x, torch.full(x.shape[:2], method.sigmas[last]), cond))
 
 
-# --------------------------------------------------------------------------------- 4.10: the gradient of a rollout
+# --------------------------------------------------------------------------------- the gradient of a rollout
 
 
 def walking_method(cache: Path, folder: Path, *, seed: int = 0, frames: int = 1, **keys: Any) -> DMD2Method:
@@ -528,7 +528,7 @@ def check_gradient_of_the_last_forward_alone(cache: Path, folder: Path) -> None:
             close((ours - parameter.grad).norm() / parameter.grad.norm(), 0, 1e-5)
 
 
-# ------------------------------------------------------------------------------------------------ 4.12: exit rungs
+# ------------------------------------------------------------------------------------------------ exit rungs
 
 
 def check_exit_is_shared(cache: Path, folder: Path) -> None:
@@ -569,7 +569,7 @@ def check_exit_is_uniform(cache: Path, folder: Path) -> None:
         assert len(counts) == cells and statistic < limit, f"chi-square {statistic}"
 
 
-# -------------------------------------------------------------------------------------------- 4.13: who moves, and when
+# -------------------------------------------------------------------------------------------- who moves, and when
 
 
 class Recorder:

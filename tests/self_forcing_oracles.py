@@ -1,5 +1,5 @@
 """What Self-Forcing must satisfy, as functions that raise `AssertionError`: tests call them, and the mutation test calls them
-on broken code. The numbers in headings are those of the list of oracles."""
+on broken code."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ def check_equal(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance
         assert distance <= tolerance, f"{name}: {distance}"
 
 
-# ------------------------------------------------------------------------------------- 4.10: the gradient of a rollout
+# ------------------------------------------------------------------------------------- the gradient of a rollout
 
 
 def check_blocks_are_cut(method: SelfForcingMethod, step: int) -> None:
@@ -294,7 +294,7 @@ def check_forwards(method: SelfForcingMethod, step: int) -> None:
     assert "leave" in saved and not {"walk", "commit", "score"} & set(saved)
 
 
-# --------------------------------------------------------------------------- 4.11, 4.1: what is rolled, what is cached
+# --------------------------------------------------------------------------- what is rolled, what is cached
 
 
 def check_rollout(method: SelfForcingMethod, tolerance: float = 1e-6) -> None:
@@ -358,7 +358,7 @@ def check_context(method: SelfForcingMethod, monkeypatch) -> None:
         assert torch.equal(key[:, :end], layer.key[:, :end]) and torch.equal(value[:, :end], layer.value[:, :end])
 
 
-# --------------------------------------------------------------------------------------- 4.8: a chain of numbers
+# --------------------------------------------------------------------------------------- a chain of numbers
 
 FRAMES, NOISE = 8, 0.3
 
@@ -457,7 +457,7 @@ def variance(gain: float, first: float, frame: int) -> float:
     return first
 
 
-# --------------------------------------------------------------------------------------- 4.12: what all ranks share
+# --------------------------------------------------------------------------------------- what all ranks share
 
 
 @contextlib.contextmanager

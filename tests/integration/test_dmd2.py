@@ -222,7 +222,7 @@ def splits(setting, tmp_path_factory):
 
 
 def test_ranks_leave_at_the_same_rungs_with_other_noise(splits):
-    """4.12 with two processes: what the student was asked in 20 steps."""
+    """Two processes: what the student was asked in 20 steps."""
     seen = records(splits.ranks / "records", "batch")
     by_rank = [{(r["step"], r["role"]): r for r in seen if r["rank"] == rank} for rank in (0, 1)]
     assert by_rank[0].keys() == by_rank[1].keys() and len(by_rank[0]) == STEPS + 4

@@ -1,4 +1,4 @@
-"""The same training on any number of ranks, and what went wrong in the systems before us (design.md 12).
+"""The same training on any number of ranks, and what went wrong in the systems before us.
 
 Which test holds each of those defects; a test below sees that all of them exist.
 

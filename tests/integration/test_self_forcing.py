@@ -65,7 +65,7 @@ def arguments_of(setting, folder: Path, method: dict[str, Any] | None = None, **
     return small_arguments(setting.cache, folder / "run", **keys)
 
 
-# ------------------------------------------------------------------------------------------ 4.13: who moves, and when
+# ------------------------------------------------------------------------------------------ who moves, and when
 
 
 class StreamRecorder(Recorder):
@@ -86,7 +86,7 @@ class StreamRecorder(Recorder):
 
 @pytest.mark.parametrize(("mode", "steps"), [("direct", 20), ("replay", 11)])
 def test_who_is_trained_when(setting, tmp_path, monkeypatch, mode, steps):
-    """4.13: in 20 steps 4 updates of the student, 20 of the critic, 4 of the moving average."""
+    """In 20 steps 4 updates of the student, 20 of the critic, 4 of the moving average."""
     record = StreamRecorder(monkeypatch)
     keys = {"training__steps": steps, "ema__start_step": 1, "checkpoint__enable": False}
     arguments = arguments_of(setting, tmp_path, {"gradient_mode": mode}, training__global_batch_size=2, **keys)
@@ -159,7 +159,7 @@ def phases(folder: Path, rank: int = 0) -> dict[tuple[int, str], dict[str, Any]]
 
 
 def test_ranks_make_the_same_rollouts_from_other_noise(runs):
-    """4.12 with two processes: rungs, lengths and forwards of 20 steps."""
+    """Two processes: rungs, lengths and forwards of 20 steps."""
     ours, theirs = phases(runs.direct), phases(runs.direct, 1)
     assert ours.keys() == theirs.keys() and len(ours) == STEPS + 4
     for key, phase in ours.items():

@@ -72,23 +72,20 @@ def check_training(toys, name: str, *, steps: int = 20) -> None:
 
 @pytest.mark.parametrize("sigma", [0.1, 0.5, 0.9])
 def test_the_gradient_is_that_of_the_divergence(toys, sigma):
-    """4.7 (a), to 5 standard errors of 4e6 draws."""
+    """To 5 standard errors of 4e6 draws."""
     oracles.check_gradient(toys.cache, toys.folder, sigma)
 
 
 def test_the_loss_has_the_gradient_as_its_derivative():
-    """4.7 (b)"""
     oracles.check_loss_identity()
 
 
 @pytest.mark.parametrize("scale", [1e-2, 1e-3])
 def test_small_gradients_survive_bfloat16_videos(scale):
-    """4.7 (b)"""
     oracles.check_small_gradients_survive(scale)
 
 
 def test_the_normaliser_is_a_samples_own():
-    """4.7 (c)"""
     oracles.check_normaliser_is_per_sample()
 
 
@@ -110,7 +107,7 @@ def test_gradients_and_targets_keep_float64():
 
 @pytest.mark.parametrize(("guidance", "mean"), [(3.0, 4.0), (4.0, 5.5)])
 def test_where_guidance_leads(toys, guidance, mean):
-    """4.7 (d): 4.0 at guidance 3 in u + g (c - u); 5.5 is the authors' 3 in c + g' (c - u), here 4."""
+    """4.0 at guidance 3 in u + g (c - u); 5.5 is the authors' 3 in c + g' (c - u), here 4."""
     assert -0.5 + guidance * 1.5 == mean
     oracles.check_guidance_fixed_point(toys.cache, toys.folder, guidance)
 
@@ -120,7 +117,6 @@ def test_the_normaliser_does_not_move_the_fixed_point(toys):
 
 
 def test_the_levels_at_which_scores_are_asked(toys):
-    """4.7 (e)"""
     oracles.check_score_levels(toys.cache, toys.folder)
 
 
@@ -130,12 +126,12 @@ def test_the_rungs_are_exact(toys):
 
 @pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2, 3))])
 def test_a_ring_of_gaussians(toys, pretrained, seed):
-    """4.7 (f), one step: all modes in their shares."""
+    """One step: all modes in their shares."""
     check_ring(toys, pretrained, seed=seed)
 
 
 def test_a_ring_of_gaussians_in_four_steps(toys, pretrained):
-    """4.7 (f) with backward simulation, where balance is not asserted."""
+    """Backward simulation, where balance is not asserted."""
     found = ring(toys, pretrained, steps=oracles.AUTHORS)
     assert found["modes"] >= 6 and found["in_mode"] >= 0.93, found
 
@@ -143,13 +139,11 @@ def test_a_ring_of_gaussians_in_four_steps(toys, pretrained):
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_a_ring_of_gaussians_at_full_length(toys, pretrained, seed):
-    """4.7 (f)"""
     check_ring(toys, pretrained, seed=seed, updates=2000)
 
 
 @pytest.mark.parametrize("tau", [0.1, 0.5, 1.0, 2.0])
 def test_the_exact_critic_costs_the_floor(toys, tau):
-    """4.7 (g)"""
     published = {0.5: 0.4941, 1.0: 1.4212, 2.0: 4.0993}
     assert oracles.critic_floor(tau) == pytest.approx(published.get(tau, 0.0502), rel=1e-3)
     oracles.check_critic_floor(toys.cache, toys.folder, tau)
@@ -158,32 +152,29 @@ def test_the_exact_critic_costs_the_floor(toys, tau):
 @pytest.mark.slow
 @pytest.mark.parametrize("tau", [0.5, 1.0])
 def test_a_trained_critic_reaches_the_floor(toys, tau):
-    """4.7 (g)"""
     oracles.check_critic_learns(toys.cache, toys.folder, tau)
 
 
 def test_the_gradient_is_that_of_the_last_forward_alone(toys):
-    """4.10 (a, b, d) for whole videos"""
     oracles.check_gradient_of_the_last_forward_alone(toys.cache, toys.folder)
 
 
 def test_all_ranks_leave_at_the_same_rung(toys):
-    """4.12; with real processes in integration/test_dmd2.py"""
+    """With real processes in integration/test_dmd2.py"""
     oracles.check_exit_is_shared(toys.cache, toys.folder)
 
 
 def test_rungs_are_drawn_uniformly(toys):
-    """4.12"""
     oracles.check_exit_is_uniform(toys.cache, toys.folder)
 
 
 def test_who_is_trained_when(toys):
-    """4.13: 20 iterations of train.py, 4 updates of the student, 20 of the critic, 4 of the moving average."""
+    """20 iterations of train.py, 4 updates of the student, 20 of the critic, 4 of the moving average."""
     check_training(toys, "schedule")
 
 
 def test_600_steps_are_120_600_and_80_updates(toys):
-    """4.13: the average starts after step 200. The schedules of the learning rates are as long as their roles' updates."""
+    """The average starts after step 200. The schedules of the learning rates are as long as their roles' updates."""
     method = oracles.walking_method(toys.cache, toys.folder, training__steps=600)
     assert method.cfg.method.student_update_interval == 5
     updates = {"student": 0, "critic": 0}
@@ -293,7 +284,7 @@ def apply(mutation: tuple[Any, str, Any], patch: pytest.MonkeyPatch, folder) -> 
     ("mutation", "check"), [(m, check) for m, (_, checks) in MUTATIONS.items() for check in checks]
 )
 def test_mutations_are_seen(toys, pretrained, tmp_path, monkeypatch, mutation, check):
-    """4.16: the check that holds on the method (above) fails on the broken method."""
+    """The check that holds on the method (above) fails on the broken method."""
     checks = {
         "gradient": lambda: oracles.check_gradient(toys.cache, toys.folder, 0.5, 100_000),
         "ring": lambda: check_ring(toys, pretrained),

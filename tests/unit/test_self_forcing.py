@@ -62,13 +62,13 @@ def chain(toys, **keys: Any) -> SelfForcingMethod:
     return oracles.chain_method(toys.cache, toys.folder, **keys)
 
 
-# ------------------------------------------------------------------------------------------- 4.8: exposure bias
+# ------------------------------------------------------------------------------------------- exposure bias
 
 UPDATES, BATCH = 500, 1024
 
 
 def nearest_chain() -> tuple[float, float]:
-    """(gain, start) where the mean distribution-matching gradient vanishes: by 4.7 (a) it is s^2 / (1 - s)^2 times that of the
+    """(gain, start) where the mean distribution-matching gradient vanishes: it is s^2 / (1 - s)^2 times that of the
     divergence at noise level s, so the minimum of the divergences' sum under these weights."""
     free = torch.tensor([0.9, 1.0], dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.LBFGS([free], max_iter=300, line_search_fn="strong_wolfe", tolerance_grad=1e-10)
@@ -95,7 +95,7 @@ def nearest_chain() -> tuple[float, float]:
 
 
 def test_the_reference_of_a_chain(toys):
-    """4.8: teacher forcing drifts; the gradient through the whole chain leads to the nearest chain, .9611."""
+    """Teacher forcing drifts; the gradient through the whole chain leads to the nearest chain, .9611."""
     gain = 1 / 1.01  # the regression of a true frame on the one before
     assert [oracles.variance(gain, 1.01, k) for k in (8, 20, 60)] == pytest.approx([1.473, 2.13, 3.47], abs=5e-3)
     assert oracles.variance(gain, 1.01, 8) >= 1.4
@@ -106,7 +106,7 @@ def test_the_reference_of_a_chain(toys):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_chain_trained_on_its_own_rollouts_does_not_drift(toys, mode):
-    """4.8: truncated, the gradient leads to .954; variance in closed form and of streamed videos."""
+    """Truncated, the gradient leads to .954; variance in closed form and of streamed videos."""
     method = chain(toys, updates=UPDATES, gradient_mode=mode)
     trained = oracles.trained_chain(method, UPDATES, BATCH)
     gain, start = float(trained.transformer.gain.detach()), float(trained.transformer.start.detach())
@@ -121,7 +121,7 @@ def test_a_chain_trained_on_its_own_rollouts_does_not_drift(toys, mode):
         assert float(video[:, frame - 1].var()) == pytest.approx(oracles.variance(gain, start**2, frame), rel=0.05)
 
 
-# ---------------------------------------------------------------------------------- 4.10: the gradient of a rollout
+# ---------------------------------------------------------------------------------- the gradient of a rollout
 
 VARIANTS = {"all frames": {}, "window": WINDOW}
 
@@ -135,23 +135,19 @@ class TestGradient:
 
     @pytest.mark.parametrize("rung", [0, 2])
     def test_blocks_are_cut_from_each_other(self, toys, mode, keys, checkpointing, rung):
-        """4.10 (a)"""
         method = self.make(toys, mode, keys, checkpointing)
         oracles.check_blocks_are_cut(method, step_at(method, rung))
 
     @pytest.mark.parametrize("rung", [0, 3])
     def test_the_gradient_is_that_of_the_last_forwards(self, toys, mode, keys, checkpointing, rung):
-        """4.10 (b)"""
         method = self.make(toys, mode, keys, checkpointing)
         oracles.check_gradient(method, step_at(method, rung))
 
     def test_the_texts_projections_are_trained(self, toys, mode, keys, checkpointing):
-        """4.10 (c)"""
         oracles.check_text_is_trained(self.make(toys, mode, keys, checkpointing))
 
     @pytest.mark.parametrize("start", [0, 4])
     def test_forwards_and_what_they_keep(self, toys, mode, keys, checkpointing, start):
-        """4.10 (d, e)"""
         method = self.make(toys, mode, keys, checkpointing, start_gradient_frame=start)
         for rung in (0, 2):
             oracles.check_forwards(method, step_at(method, rung))
@@ -164,7 +160,7 @@ class TestGradient:
     ids=["first frame", "sink", "long", "long, first frame", "ode", "context noise", "float64"],
 )
 def test_the_gradient_of_other_rollouts(toys, mode, keys):
-    """4.10 (b), (d), (e) with everything that shapes a rollout."""
+    """Everything that shapes a rollout."""
     method = wan(toys, gradient_mode=mode, **keys)
     longer = keys["max_num_frames"] // 4 + 1 if "max_num_frames" in keys else None
     step = step_at(method, 2, longer)
@@ -174,7 +170,6 @@ def test_the_gradient_of_other_rollouts(toys, mode, keys):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_blocks_that_leave_at_their_own_rungs(toys, mode):
-    """4.10 (a), (b), (d), (e)"""
     method = wan(toys, gradient_mode=mode, same_step_across_blocks=False)
     step = step_where(lambda s: len(set(method.exit_rungs(s, "student"))) == 3)
     oracles.check_blocks_are_cut(method, step)
@@ -302,7 +297,7 @@ def test_a_rollout_is_what_the_sampler_streams(toys, keys):
 @pytest.mark.parametrize("context_noise", [0.0, 20.0])
 @pytest.mark.parametrize("keys", [{}, FIRST, LONG], ids=["plain", "first frame", "long"])
 def test_the_context_is_exact(toys, monkeypatch, context_noise, keys):
-    """4.11: sigma 0 gives the network timestep 0; context noise 20 is sigma 0.02, timestep 20."""
+    """Sigma 0 gives the network timestep 0; context noise 20 is sigma 0.02, timestep 20."""
     oracles.check_context(wan(toys, context_noise=context_noise, **keys), monkeypatch)
 
 
@@ -479,11 +474,11 @@ def test_replay_holds_one_block_however_many_there_are():
     assert peaks["replay"]["3"] < 0.5 * peaks["direct"]["3"], values
 
 
-# -------------------------------------------------------------------------------------------- 4.12: ranks, and draws
+# -------------------------------------------------------------------------------------------- ranks, and draws
 
 
 def test_all_ranks_have_the_same_rollouts(toys):
-    """4.12; with real processes in integration/test_self_forcing.py"""
+    """With real processes in integration/test_self_forcing.py"""
     oracles.check_exits_and_lengths_are_shared(toys.cache, toys.folder)
     oracles.check_exits_and_lengths_are_shared(toys.cache, toys.folder, same_step_across_blocks=False)
 
@@ -655,7 +650,7 @@ MUTATIONS = {  # how it is broken: the checks that must see it
     ids=lambda v: getattr(v, "__name__", v),
 )
 def test_mutations_are_seen(toys, monkeypatch, mutation, check):
-    """4.16: the check that holds on the method (above) fails on the broken method."""
+    """The check that holds on the method (above) fails on the broken method."""
 
     def on(check_, rung, **keys):
         method = wan(toys, **keys)
