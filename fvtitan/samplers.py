@@ -70,7 +70,7 @@ def euler_states(velocity_fn: VelocityFn, x: Tensor, sigmas: Sequence[float]) ->
     """The states of `euler`, one at each of `sigmas`, beginning with x."""
     yield x
     for sigma, next_sigma in zip(sigmas[:-1], sigmas[1:], strict=True):
-        x = x + (next_sigma - sigma) * velocity_fn(x, _level(x, sigma)).to(x.dtype)
+        x = x + (next_sigma - sigma) * velocity_fn(x, level(x, sigma)).to(x.dtype)
         yield x
 
 
@@ -88,12 +88,13 @@ def renoise(velocity_fn: VelocityFn, x: Tensor, sigmas: Sequence[float], fresh: 
     """Few-step sampling with fresh noise (consistency models, arXiv:2303.01469 algorithm 1; DMD2, arXiv:2405.14867):
     `x0 = x - sigma v`, `x' = (1 - sigma') x0 + sigma' fresh`. The result is at `sigmas[-1]`, clean when that is 0."""
     for rung, (sigma, next_sigma) in enumerate(zip(sigmas[:-1], sigmas[1:], strict=True), 1):
-        x0 = x - sigma * velocity_fn(x, _level(x, sigma)).to(x.dtype)
+        x0 = x - sigma * velocity_fn(x, level(x, sigma)).to(x.dtype)
         x = (1 - next_sigma) * x0 + next_sigma * fresh(rung) if next_sigma else x0
     return x
 
 
-def _level(x: Tensor, sigma: float) -> Tensor:
+def level(x: Tensor, sigma: float) -> Tensor:
+    """`[B, T]` filled with sigma, for x `[B, T, C, H, W]`."""
     return torch.full(x.shape[:2], sigma, dtype=torch.float32, device=x.device)
 
 
@@ -148,11 +149,11 @@ def stream(
         block = (solver or partial(solve, spec))(velocity_fn, noise[:, start:end], fresh and fresh_block)
         yield block
         if end < noise.shape[1]:
-            level = spec.context_noise
-            if level:
+            noised = spec.context_noise
+            if noised:
                 assert fresh is not None, "a noised context needs fresh noise"
-                block = (1 - level) * block + level * fresh_block(len(spec.sigmas) - 1)
-            model.commit(block.repeat(copies, 1, 1, 1, 1), both, cache, start, level)
+                block = (1 - noised) * block + noised * fresh_block(len(spec.sigmas) - 1)
+            model.commit(block.repeat(copies, 1, 1, 1, 1), both, cache, start, noised)
 
 
 def sample(

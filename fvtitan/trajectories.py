@@ -83,6 +83,9 @@ def prepare_trajectories(
                 f"method.teacher_path_cache = {method.teacher_path_cache!r} holds {total - len(missing)} of num_trajectories = "
                 f"{total}: add a [models.teacher] to make the rest, or lower num_trajectories"
             )
+        log(
+            f"{folder.path}: {total - len(missing)} of {total} trajectories are there and whole; {len(missing)} to make"
+        )
         fill(cfg, teacher, prompts, folder, missing)
     stored = method.stored(cfg.schedule.shift)
     rows = [stored.index(rung) for rung in method.rungs(cfg.schedule.shift)]

@@ -147,6 +147,13 @@ def render_clip(
     return torch.from_numpy(np.round(frames).astype(np.uint8))
 
 
+def clip_attributes(number: int, combinations: Sequence[Attributes], seed: int) -> Attributes:
+    """What clip `number` of a set shows: combinations in turn, each time in another shuffled order."""
+    turn, place = divmod(number, len(combinations))
+    order = np.random.RandomState(fold(seed, "combinations", turn)).permutation(len(combinations))
+    return combinations[order[place]]
+
+
 def render_dataset(
     folder: str | Path,
     num_clips: int,
@@ -189,9 +196,7 @@ def render_dataset(
     combinations = training_combinations() if split == "train" else held_out_combinations()
     lines = []
     for i in range(num_clips):
-        turn, place = divmod(i, len(combinations))
-        order = np.random.RandomState(fold(seed, "combinations", turn)).permutation(len(combinations))
-        attributes = combinations[order[place]]
+        attributes = clip_attributes(i, combinations, seed)
         name = f"{i:06d}.mp4"
         if not (folder / name).is_file():
             clip = render_clip(attributes, num_frames=num_frames, height=height, width=width, seed=fold(seed, split, i))

@@ -5,13 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch.distributed as dist
 
 from fvtitan.components.files import write_atomic
-from fvtitan.components.rng import fold
 from fvtitan.data.latent_cache import LatentCache, check_cache_geometry
-from fvtitan.data.moving_shapes import render_dataset, training_combinations
+from fvtitan.data.moving_shapes import clip_attributes, render_dataset, training_combinations
 from fvtitan.distributed.utils import on_rank_zero
 from fvtitan.errors import UserError
 from fvtitan.methods import METHODS
@@ -67,14 +65,14 @@ def _to_be_made(cfg: JobConfig, path: str) -> bool:
 def _write_captions(path: Path, num_clips: int, seed: int) -> None:
     """The distinct captions of the `num_clips` training clips that `render_dataset` would render, in its order."""
     combinations = training_combinations()
-    order = np.random.RandomState(fold(seed, "combinations", 0)).permutation(len(combinations))[:num_clips]
-    content = "".join(f"{combinations[i].caption}\n" for i in order).encode()
+    count = min(num_clips, len(combinations))  # then they repeat
+    content = "".join(f"{clip_attributes(i, combinations, seed).caption}\n" for i in range(count)).encode()
     if path.is_file() and path.read_bytes() == content:
         return
     if path.exists():
         raise UserError(f"{path} exists and holds other prompts than this run's: remove it, or use another data.path")
     path.parent.mkdir(parents=True, exist_ok=True)
-    print(f"writing {len(order)} captions of moving shapes into {path}", flush=True)
+    print(f"writing {count} captions of moving shapes into {path}", flush=True)
     write_atomic(path, content)
 
 

@@ -85,11 +85,11 @@ class TrajectoryFolder:
             self.sample_path(index), save({key: t.to(self.dtype).cpu().contiguous() for key, t in tensors.items()})
         )
 
-    def _has(self, path: Path, prefixes: Iterable[str]) -> bool:
-        """Whether a file is whole (safetensors compares its size with its header) and holds these samples."""
+    def _has_sample(self, index: int) -> bool:
+        """Whether a sample's own file is whole: safetensors compares its size with its header."""
         try:
-            with safe_open(path, framework="pt") as stored:
-                return {f"{prefix}{key}" for prefix in prefixes for key in ("states", "x0")} <= set(stored.keys())
+            with safe_open(self.sample_path(index), framework="pt") as stored:
+                return {"states", "x0"} <= set(stored.keys())
         except (SafetensorError, OSError):
             return False
 
@@ -106,7 +106,7 @@ class TrajectoryFolder:
         absent: list[int] = []
         for name, indices in self.shards(num_samples).items():
             packed = self._packed(name)
-            absent += [i for i in indices if i not in packed and not self._has(self.sample_path(i), [""])]
+            absent += [i for i in indices if i not in packed and not self._has_sample(i)]
         return absent
 
     def _packed(self, name: str) -> set[int]:

@@ -41,13 +41,33 @@ class MethodConfig:
         """Raise `UserError` for keys that contradict each other or the rest of the run."""
 
 
+def check_num_frames_per_block(value: int | None, cfg: JobConfig) -> None:
+    """The method's own `num_frames_per_block` is another name for the student's key, and must agree with it."""
+    blocks = cfg.models["student"].frames_per_block
+    if value not in (None, blocks):
+        raise UserError(
+            f"method.num_frames_per_block = {value}, but models.student.frames_per_block = {blocks}: give it there alone"
+        )
+
+
+def check_no_heldout_loss(cfg: JobConfig) -> None:
+    """For few-step students."""
+    if cfg.validation.enable and cfg.validation.heldout_path:
+        raise UserError(
+            f"validation.heldout_path = {cfg.validation.heldout_path!r}: a few-step student has no flow-matching loss that "
+            "means something; remove it"
+        )
+
+
 class TrainingMethod(nn.Module, ABC):
     """Owns roles, optimizers and schedules. train.py calls, for each role in `phases(step)`, `single_train_step` once per
     micro-batch, then backward, clip, step."""
 
     Config: ClassVar[type[MethodConfig]] = MethodConfig
     roles: ClassVar[tuple[str, ...]] = ("student",)
+    """Those it needs."""
     optional_roles: ClassVar[tuple[str, ...]] = ()
+    """Those it can use."""
     student_model: ClassVar[str] = "wan"
     """The student's `models.student.name`."""
 

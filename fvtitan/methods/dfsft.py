@@ -11,7 +11,7 @@ from torch import Tensor
 from fvtitan import flow_matching
 from fvtitan.errors import UserError
 from fvtitan.flow_matching import NUM_TIMESTEPS
-from fvtitan.methods.base import MethodConfig, TrainingMethod
+from fvtitan.methods.base import MethodConfig, TrainingMethod, check_num_frames_per_block
 from fvtitan.methods.finetune import flow_matching_loss
 from fvtitan.models.base import CausalModelBase, Conditioning
 from fvtitan.samplers import SamplerSpec
@@ -42,12 +42,7 @@ class DiffusionForcingSFTConfig(MethodConfig):
             raise UserError(f"method.context_noise_max = {self.context_noise_max}: a timestep, in [0, 1000)")
         if self.context_noise_max and not self.teacher_forcing:
             raise UserError("method.context_noise_max has no effect without method.teacher_forcing = true")
-        blocks = cfg.models["student"].frames_per_block
-        if self.num_frames_per_block not in (None, blocks):
-            raise UserError(
-                f"method.num_frames_per_block = {self.num_frames_per_block}, but models.student.frames_per_block = {blocks}: "
-                "give it there alone"
-            )
+        check_num_frames_per_block(self.num_frames_per_block, cfg)
 
 
 class DiffusionForcingSFTMethod(TrainingMethod):

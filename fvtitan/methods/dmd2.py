@@ -19,11 +19,11 @@ from fvtitan.components.rng import SampleStreams, fold
 from fvtitan.components.stateful import Identity
 from fvtitan.errors import UserError
 from fvtitan.flow_matching import NUM_TIMESTEPS
-from fvtitan.methods.base import MethodConfig, TrainingMethod
+from fvtitan.methods.base import MethodConfig, TrainingMethod, check_no_heldout_loss
 from fvtitan.methods.finetune import flow_matching_loss
 from fvtitan.methods.watch import CollapseWatch
 from fvtitan.models.base import Conditioning, ModelBase
-from fvtitan.samplers import SamplerSpec, guide, renoise
+from fvtitan.samplers import SamplerSpec, guide, level, renoise
 
 if TYPE_CHECKING:
     from fvtitan.config import JobConfig
@@ -96,11 +96,7 @@ class DMD2Config(MethodConfig):
                 f"method.min_score_timestep = {self.min_score_timestep}, max_score_timestep = {self.max_score_timestep}: "
                 "need 0 <= min < max <= 1000"
             )
-        if cfg.validation.enable and cfg.validation.heldout_path:
-            raise UserError(
-                f"validation.heldout_path = {cfg.validation.heldout_path!r}: a few-step student has no flow-matching loss "
-                "that means something; remove it"
-            )
+        check_no_heldout_loss(cfg)
 
     def ladder(self, shift: float) -> tuple[float, ...]:
         """The student's rungs as sigmas, and the final 0."""
@@ -245,11 +241,11 @@ class DMD2Method(TrainingMethod):
         if self.cfg.method.rollout == "data":
             x0 = batch["latents"].to(self.device, torch.float32, non_blocking=True)
             noise = streams.randn("noise", *x0.shape[1:])
-            x = self.student.add_noise(x0, noise, self._level(self.sigmas[exit_rung], x0))
-            return self.student.predict_x0(x, self._level(self.sigmas[exit_rung], x), cond)
+            x = self.student.add_noise(x0, noise, level(x0, self.sigmas[exit_rung]))
+            return self.student.predict_x0(x, level(x, self.sigmas[exit_rung]), cond)
         with self.student.gathered():
             x = self.simulate(streams, self.latent_shape(batch), cond, exit_rung)
-            return self.student.predict_x0(x, self._level(self.sigmas[exit_rung], x), cond)
+            return self.student.predict_x0(x, level(x, self.sigmas[exit_rung]), cond)
 
     def masked_frames(self, step: int, role: str) -> int:
         """Frames at the start of what is scored that get no gradient."""
@@ -300,9 +296,6 @@ class DMD2Method(TrainingMethod):
             conditional = self.teacher.predict_x0(noisy, sigma, cond)
             unconditional = self.teacher.predict_x0(noisy, sigma, uncond)
         return guide(conditional, unconditional, scale), conditional
-
-    def _level(self, sigma: float, x: Tensor) -> Tensor:
-        return torch.full(x.shape[:2], sigma, device=x.device)
 
     # ------------------------------------------------------------------------------------------------- watching
 

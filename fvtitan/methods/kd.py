@@ -20,7 +20,7 @@ from fvtitan.data.trajectory_cache import TrajectoryCache, num_complete
 from fvtitan.distributed.utils import on_rank_zero
 from fvtitan.errors import UserError
 from fvtitan.flow_matching import NUM_TIMESTEPS
-from fvtitan.methods.base import MethodConfig, TrainingMethod
+from fvtitan.methods.base import MethodConfig, TrainingMethod, check_no_heldout_loss, check_num_frames_per_block
 from fvtitan.models.base import CausalModelBase, ModelBase
 from fvtitan.samplers import SamplerSpec
 
@@ -68,11 +68,7 @@ class KDConfig(MethodConfig):
         self.rungs(cfg.schedule.shift)
         if "teacher" in cfg.models:
             self.check_teacher(cfg)
-        if cfg.validation.enable and cfg.validation.heldout_path:
-            raise UserError(
-                f"validation.heldout_path = {cfg.validation.heldout_path!r}: a few-step student has no flow-matching loss "
-                "that means something; remove it"
-            )
+        check_no_heldout_loss(cfg)
 
     def check_teacher(self, cfg: JobConfig) -> None:
         teacher = cfg.models["teacher"]
@@ -152,12 +148,7 @@ class KDCausalConfig(KDConfig):
 
     def check(self, cfg: JobConfig) -> None:
         super().check(cfg)
-        blocks = cfg.models["student"].frames_per_block
-        if self.num_frames_per_block not in (None, blocks):
-            raise UserError(
-                f"method.num_frames_per_block = {self.num_frames_per_block}, but models.student.frames_per_block = {blocks}: "
-                "give it there alone"
-            )
+        check_num_frames_per_block(self.num_frames_per_block, cfg)
 
     def check_teacher(self, cfg: JobConfig) -> None:
         super().check_teacher(cfg)

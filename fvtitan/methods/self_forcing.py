@@ -19,11 +19,12 @@ from fvtitan import flow_matching
 from fvtitan.components.rng import SampleStreams, fold
 from fvtitan.errors import UserError
 from fvtitan.flow_matching import NUM_TIMESTEPS
+from fvtitan.methods.base import check_num_frames_per_block
 from fvtitan.methods.dmd2 import DMD2Config, DMD2Method, distribution_matching_loss
 from fvtitan.models.base import CausalModelBase, Conditioning, ModelBase
 from fvtitan.models.blocks import block_starts
 from fvtitan.models.kv_cache import KVCache
-from fvtitan.samplers import FreshNoise, SamplerSpec, solve
+from fvtitan.samplers import FreshNoise, SamplerSpec, level, solve
 
 if TYPE_CHECKING:
     from fvtitan.config import JobConfig
@@ -61,11 +62,7 @@ class SelfForcingConfig(DMD2Config):
         student = cfg.models["student"]
         if self.rollout != "simulate":
             raise UserError(f'method.rollout = {self.rollout!r}: self_forcing trains on its own rollouts, "simulate"')
-        if self.num_frames_per_block not in (None, student.frames_per_block):
-            raise UserError(
-                f"method.num_frames_per_block = {self.num_frames_per_block}, but models.student.frames_per_block = "
-                f"{student.frames_per_block}: give it there alone"
-            )
+        check_num_frames_per_block(self.num_frames_per_block, cfg)
         if not 0 <= self.context_noise < NUM_TIMESTEPS:
             raise UserError(f"method.context_noise = {self.context_noise}: a timestep, in [0, 1000)")
         last, _ = block_starts(student.causal().blocks(cfg.data.latent_size()[0]))[-1]
@@ -186,12 +183,16 @@ class SelfForcingMethod(DMD2Method):
         """One video, block after block. Where gradient is enabled, the last forward of each block has a graph."""
         shape = self.rollout_shape(batch, step, role)
         cond, cache = self.student.conditioning(prompts), self.student.new_cache(shape)
-        fresh = functools.cache(lambda rung: streams.randn(f"noise_{rung}" if rung else "noise", *shape[1:]))
+        whole = functools.cache(lambda rung: streams.randn(f"noise_{rung}" if rung else "noise", *shape[1:]))
+
+        def noise_of(start: int, end: int, rung: int) -> Tensor:
+            return whole(rung)[:, start:end]
+
         spans, first = block_starts(self.student.causal.blocks(shape[1])), self.first_gradient_frame(step, role)
         exits, blocks = [], []
         with self.student.gathered():
             for (start, end), rung in zip(spans, self.exit_rungs(step, role), strict=True):
-                noise: FreshNoise = lambda k, start=start, end=end: fresh(k)[:, start:end]  # noqa: E731
+                noise = functools.partial(noise_of, start, end)
                 exits.append(self.walk(noise, cond, cache, start, rung))
                 with torch.set_grad_enabled(torch.is_grad_enabled() and start >= first):
                     blocks.append(self.leave(exits[-1], cond, cache))
@@ -208,7 +209,7 @@ class SelfForcingMethod(DMD2Method):
 
         spec = SamplerSpec(self.sigmas[: rung + 1], solver=self.cfg.method.student_sample_type)
         x = solve(spec, velocity_fn, noise(0), noise)
-        return Exit(x, self._level(self.sigmas[rung], x), start)
+        return Exit(x, level(x, self.sigmas[rung]), start)
 
     def leave(self, exit_: Exit, cond: Conditioning, cache: KVCache) -> Tensor:
         """The clean block `[B, t, C, H, W]` that the student sees at an exit."""
@@ -218,11 +219,11 @@ class SelfForcingMethod(DMD2Method):
     @torch.no_grad()
     def commit(self, block: Tensor, noise: FreshNoise, cond: Conditioning, cache: KVCache, start: int) -> None:
         """Write a finished block into the cache, without gradient."""
-        level = self.cfg.method.context_noise / NUM_TIMESTEPS
+        noised = self.cfg.method.context_noise / NUM_TIMESTEPS
         block = block.detach()
-        if level:
-            block = flow_matching.add_noise(block, noise(len(self.sigmas)), self._level(level, block))
-        self.student.commit(block, cond, cache, start, level)
+        if noised:
+            block = flow_matching.add_noise(block, noise(len(self.sigmas)), level(block, noised))
+        self.student.commit(block, cond, cache, start, noised)
 
     # ------------------------------------------------------------------------------------------------- lengths
 
