@@ -56,6 +56,11 @@ def test_a_checkpoint_is_read_whole_without_a_run(checkpoint):
         assert torch.equal(tensor, stored[f"ema.student.{name}"])
 
 
+def test_no_init_from_is_no_checkpoint_wherever_one_stands(checkpoint, monkeypatch):
+    monkeypatch.chdir(checkpoint)
+    assert weights.is_checkpoint(checkpoint) and not weights.is_checkpoint("")
+
+
 def test_a_changed_byte_is_seen(checkpoint, tmp_path):
     import shutil
 

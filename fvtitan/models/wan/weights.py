@@ -148,7 +148,8 @@ def read_checkpoint(folder: str | Path, role: str, *, raw: bool = False) -> tupl
 
 def is_checkpoint(init_from: str | Path) -> bool:
     """Whether `init_from` is a run's checkpoint `.../checkpoint/step-<N>`, not a pipeline."""
-    return (Path(init_from) / "manifest.json").is_file() and (Path(init_from) / "roles.json").is_file()
+    folder = Path(init_from)
+    return bool(str(init_from)) and all((folder / name).is_file() for name in ("manifest.json", "roles.json"))
 
 
 def checkpoint_sizes(folder: str | Path, role: str) -> WanConfig:
