@@ -26,7 +26,7 @@ from fvtitan.components.validation import Validator
 from fvtitan.config import load_config
 from fvtitan.data.dataloader import BatchStream
 from fvtitan.data.prepare import prepare_data
-from fvtitan.distributed.mesh import build_mesh
+from fvtitan.distributed.mesh import Mesh, data_ranks
 from fvtitan.distributed.utils import (
     clip_grad_norm,
     close_distributed,
@@ -53,7 +53,7 @@ def main() -> None:
         at_exit.callback(close_distributed)
         rank, world_size = dist.get_rank(), dist.get_world_size()
         log(f"{cfg.job.description or cfg.job.config_file}: {world_size} x {device.type}, torch {torch.__version__}")
-        mesh = build_mesh(cfg, device.type)
+        mesh, (data_rank, data_world) = Mesh(cfg, device.type), data_ranks(cfg)
         seed_global_generators(cfg.training.seed, rank)
         if cfg.training.deterministic:
             torch.use_deterministic_algorithms(True)
@@ -79,8 +79,8 @@ def main() -> None:
             global_batch_size=cfg.global_batch_size(world_size),
             local_batch_size=cfg.training.local_batch_size,
             seed=cfg.training.seed,
-            dp_rank=rank,
-            dp_world=world_size,
+            dp_rank=data_rank,
+            dp_world=data_world,
             num_workers=cfg.data.num_workers,
             pin_memory=device.type == "cuda",
             allow_changed=cfg.checkpoint.allow_changed,
@@ -172,7 +172,7 @@ def main() -> None:
             tokens = method.student.num_tokens(method.latent_shape(batch))
             phases = len(method.phases(step))
             metrics.meter.count(
-                clips=phases * batches.sampler.global_batch_size, tokens=phases * tokens * accumulation * world_size
+                clips=phases * batches.sampler.global_batch_size, tokens=phases * tokens * accumulation * data_world
             )
             if metrics.due(step):
                 values = mean_over_ranks(values, device)

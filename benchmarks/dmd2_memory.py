@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.memory import LiveBytes  # noqa: E402
 from fvtitan.config import load_config  # noqa: E402
 from fvtitan.data.dataloader import BatchStream  # noqa: E402
-from fvtitan.distributed.mesh import build_mesh  # noqa: E402
+from fvtitan.distributed.mesh import Mesh  # noqa: E402
 from fvtitan.distributed.utils import clip_grad_norm, close_distributed, init_distributed  # noqa: E402
 from fvtitan.methods import METHODS  # noqa: E402
 from fvtitan.methods.base import TrainingMethod  # noqa: E402
@@ -68,9 +68,7 @@ def main() -> None:
         cfg = load_config(["--job.config_file", recipe, *keys])
         device = init_distributed(cfg.comm)
         try:
-            method = METHODS[cfg.method.name](
-                cfg=cfg, role_models=build_roles(cfg, build_mesh(cfg, device.type), device)
-            )
+            method = METHODS[cfg.method.name](cfg=cfg, role_models=build_roles(cfg, Mesh(cfg, device.type), device))
             method.on_train_start()
             size = {"global_batch_size": batch, "local_batch_size": batch, "seed": 0}
             batches = BatchStream(method.data, **size)

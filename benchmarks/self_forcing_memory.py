@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.memory import SavedBytes  # noqa: E402
 from fvtitan.config import load_config  # noqa: E402
 from fvtitan.data.dataloader import BatchStream  # noqa: E402
-from fvtitan.distributed.mesh import build_mesh  # noqa: E402
+from fvtitan.distributed.mesh import Mesh  # noqa: E402
 from fvtitan.distributed.utils import close_distributed, init_distributed  # noqa: E402
 from fvtitan.methods import METHODS  # noqa: E402
 from fvtitan.models import build_roles  # noqa: E402
@@ -51,7 +51,7 @@ def main() -> None:
             cfg = load_config([word for key, value in keys.items() for word in (f"--{key}", str(value))])
             device = init_distributed(cfg.comm)
             try:
-                roles = build_roles(cfg, build_mesh(cfg, device.type), device)
+                roles = build_roles(cfg, Mesh(cfg, device.type), device)
                 method = METHODS[cfg.method.name](cfg=cfg, role_models=roles)
                 method.on_train_start()
                 batches = BatchStream(method.data, global_batch_size=batch, local_batch_size=batch, seed=0)

@@ -21,12 +21,14 @@ import tomli_w
 from fvtitan.components.ema import EMAConfig
 from fvtitan.components.lr_scheduler import LRSchedulerConfig
 from fvtitan.components.optimizer import OptimizerConfig
+from fvtitan.distributed.sequence_parallel import check_heads, divisors
 from fvtitan.distributed.utils import CommConfig, world_size_from_environment
 from fvtitan.errors import UserError, cli, did_you_mean
 from fvtitan.flow_matching import ScheduleConfig
 from fvtitan.methods import METHODS
 from fvtitan.methods.base import MethodConfig
 from fvtitan.models.blocks import CausalConfig
+from fvtitan.models.wan.adapter import flavor_config
 
 
 def _require(condition: bool, message: str) -> None:
@@ -81,6 +83,17 @@ class LRSchedulerOverrides:
 
 
 @dataclass
+class ParallelismOverrides:
+    """[models.<role>.parallelism]: keys that differ from [parallelism] for this role."""
+
+    data_parallel_shard_degree: int | None = None
+    """Ranks over which this role is sharded (times context_parallel_degree); the rest hold copies. A large frozen teacher may
+    be sharded over all ranks, a small student within a node."""
+    fsdp_reshard_after_forward: bool | None = None
+    """Whether this role frees its gathered blocks."""
+
+
+@dataclass
 class RoleConfig:
     """[models.<role>]: one network of the run. Roles: student, and what the method asks for (teacher, critic)."""
 
@@ -114,6 +127,7 @@ class RoleConfig:
     a GPU."""
     optimizer: OptimizerOverrides = field(default_factory=OptimizerOverrides)
     lr_scheduler: LRSchedulerOverrides = field(default_factory=LRSchedulerOverrides)
+    parallelism: ParallelismOverrides = field(default_factory=ParallelismOverrides)
 
     def check(self, role: str) -> None:
         _require(
@@ -213,9 +227,9 @@ class TrainingSection:
     steps: int = 1000
     """Training steps in all."""
     local_batch_size: int = 1
-    """Clips per rank and forward."""
+    """Clips per data rank (a rank, or the ranks that share a sequence) and forward."""
     global_batch_size: int = -1
-    """Clips per optimizer step over all ranks; gradients are accumulated to reach it. -1: local_batch_size x ranks."""
+    """Clips per optimizer step over all ranks; gradients are accumulated to reach it. -1: local_batch_size x data ranks."""
     max_norm: float = 1.0
     """Gradients are clipped to this global L2 norm."""
     seed: int = 0
@@ -234,7 +248,8 @@ class TrainingSection:
         _require(self.local_batch_size >= 1, f"training.local_batch_size = {self.local_batch_size}: must be >= 1")
         _require(
             self.global_batch_size == -1 or self.global_batch_size >= 1,
-            f"training.global_batch_size = {self.global_batch_size}: must be >= 1, or -1 for local_batch_size x ranks",
+            f"training.global_batch_size = {self.global_batch_size}: must be >= 1, or -1 for local_batch_size x data "
+            "ranks",
         )
         _require(self.max_norm > 0, f"training.max_norm = {self.max_norm}: must be > 0")
         _require(self.seed >= 0, f"training.seed = {self.seed}: must be >= 0")
@@ -248,21 +263,22 @@ class ParallelismSection:
     data_parallel_replicate_degree: int = 1
     """Groups of ranks that each hold a whole copy of the model (HSDP when > 1)."""
     data_parallel_shard_degree: int = -1
-    """Ranks over which the model is sharded (FSDP2). -1: all that are left."""
+    """Ranks over which the model is sharded (FSDP2), times context_parallel_degree. -1: all that are left."""
+    context_parallel_degree: int = 1
+    """Ranks that share the tokens of one sequence (Ulysses); must divide the heads of every role. Costs communication: for
+    sequences that do not fit one GPU, or more GPUs than samples."""
     fsdp_reshard_after_forward: bool = True
     """Free a block's gathered parameters after its forward; false gathers less and holds more memory."""
     defer_grad_sync: bool = False
     """Reduce gradients only in the last micro-batch of a step: less traffic, 4 more bytes a parameter on every rank."""
 
-    def check(self) -> None:
-        _require(
-            self.data_parallel_replicate_degree >= 1,
-            f"parallelism.data_parallel_replicate_degree = {self.data_parallel_replicate_degree}: must be >= 1",
-        )
-        _require(
-            self.data_parallel_shard_degree == -1 or self.data_parallel_shard_degree >= 1,
-            f"parallelism.data_parallel_shard_degree = {self.data_parallel_shard_degree}: must be >= 1, or -1 for the rest",
-        )
+    def check(self, section: str) -> None:
+        for key in ("data_parallel_replicate_degree", "data_parallel_shard_degree", "context_parallel_degree"):
+            value, rest = getattr(self, key), key == "data_parallel_shard_degree"
+            _require(
+                value >= 1 or (rest and value == -1),
+                f"{section}.{key} = {value}: must be >= 1{', or -1 for the rest' if rest else ''}",
+            )
 
 
 @dataclass
@@ -410,13 +426,13 @@ class JobConfig:
             "data",
             "training",
             "ema",
-            "parallelism",
             "checkpoint",
             "validation",
             "metrics",
             "comm",
         ):
             getattr(self, section).check()
+        self.parallelism.check("parallelism")
         method = METHODS[self.method.name]
         roles = (*method.roles, *method.optional_roles)
         for role, model in self.models.items():
@@ -426,6 +442,7 @@ class JobConfig:
             model.check(role)
             self.role_optimizer(role).check(f"models.{role}.optimizer")
             self.role_lr_scheduler(role).check(f"models.{role}.lr_scheduler")
+            self.role_parallelism(role).check(f"models.{role}.parallelism")
         for role in method.roles:
             _require(role in self.models, f"method {self.method.name!r} needs the role {role!r}: add [models.{role}]")
         _require(
@@ -446,31 +463,52 @@ class JobConfig:
 
     def check_world(self, world_size: int, *, training: bool = True) -> None:
         """Degrees and, for `training`, batch sizes against the number of processes."""
-        replicate, shard = self.data_parallel_degrees(world_size)
+        sequence = self.parallelism.context_parallel_degree
         _require(
-            replicate * shard == world_size,
-            f"parallelism: data_parallel_replicate_degree {replicate} x data_parallel_shard_degree {shard} is "
-            f"{replicate * shard}, but there are {world_size} processes",
+            world_size % sequence == 0,
+            f"parallelism.context_parallel_degree = {sequence}: must divide the {world_size} processes; allowed: "
+            f"{divisors(world_size)}",
         )
+        ranks = world_size // sequence
+        for role, model in self.models.items():
+            replicate, shard = self.data_parallel_degrees(world_size, role)
+            if model.parallelism.data_parallel_shard_degree is not None:
+                key = f"models.{role}.parallelism.data_parallel_shard_degree = {shard}"
+                _require(
+                    replicate * shard == ranks, f"{key}: must divide the {ranks} data ranks; allowed: {divisors(ranks)}"
+                )
+            _require(
+                replicate * shard == ranks,
+                f"parallelism: data_parallel_replicate_degree {replicate} x data_parallel_shard_degree {shard} x "
+                f"context_parallel_degree {sequence} is {replicate * shard * sequence}, but there are {world_size} processes",
+            )
+            if model.flavor:
+                check_heads(role, flavor_config(model.flavor, f"models.{role}.flavor").num_heads, sequence)
         local, total = self.training.local_batch_size, self.global_batch_size(world_size)
         _require(
-            not training or total % (local * world_size) == 0,
-            f"training.global_batch_size = {total}: must be a multiple of local_batch_size x ranks = {local} x "
-            f"{world_size}; nearest: {_nearest_multiples(total, local * world_size)}",
+            not training or total % (local * ranks) == 0,
+            f"training.global_batch_size = {total}: must be a multiple of local_batch_size x data ranks = {local} x "
+            f"{ranks}; nearest: {_nearest_multiples(total, local * ranks)}",
         )
 
-    def data_parallel_degrees(self, world_size: int) -> tuple[int, int]:
-        """(replicate, shard), with -1 resolved."""
-        p = self.parallelism
-        shard = p.data_parallel_shard_degree
-        if shard == -1:
-            shard = max(1, world_size // p.data_parallel_replicate_degree)
-        return p.data_parallel_replicate_degree, shard
+    def role_parallelism(self, role: str) -> ParallelismSection:
+        """[parallelism] with this role's overrides."""
+        return _overlay(self.parallelism, self.models[role].parallelism)
+
+    def data_parallel_degrees(self, world_size: int, role: str) -> tuple[int, int]:
+        """(replicate, shard) of a role, with -1 resolved. A shard degree of its own leaves the other data ranks as copies."""
+        ranks = world_size // self.parallelism.context_parallel_degree
+        p = self.role_parallelism(role)
+        shard, own = p.data_parallel_shard_degree, self.models[role].parallelism.data_parallel_shard_degree
+        if own not in (None, -1):
+            return max(1, ranks // own), own
+        replicate = 1 if own == -1 else p.data_parallel_replicate_degree
+        return replicate, max(1, ranks // replicate) if shard == -1 else shard
 
     def global_batch_size(self, world_size: int) -> int:
         """training.global_batch_size with -1 resolved."""
-        total = self.training.global_batch_size
-        return self.training.local_batch_size * world_size if total == -1 else total
+        total, ranks = self.training.global_batch_size, world_size // self.parallelism.context_parallel_degree
+        return self.training.local_batch_size * ranks if total == -1 else total
 
     def to_toml(self) -> str:
         """The resolved configuration; reading it back gives the same one."""

@@ -25,7 +25,7 @@ from fvtitan.config import load_config
 from fvtitan.data.latent_cache import LatentCache
 from fvtitan.data.prepare import prepare_data
 from fvtitan.data.trajectory_cache import TrajectoryCache, TrajectoryFolder, num_complete
-from fvtitan.distributed.mesh import build_mesh
+from fvtitan.distributed.mesh import Mesh, data_ranks, leads_sequence
 from fvtitan.distributed.utils import close_distributed, init_distributed, log, on_rank_zero
 from fvtitan.errors import UserError, cli
 from fvtitan.flow_matching import NUM_TIMESTEPS, euler_ladder
@@ -100,28 +100,26 @@ def fill(
     Samples are made in fixed groups of `training.local_batch_size`, whoever makes them: the last bits of a forward depend on
     what else is in the batch. The forwards of a sharded teacher are collective: a rank without a group runs along.
     """
-    rank, world, size, total = (
-        dist.get_rank(),
-        dist.get_world_size(),
-        cfg.training.local_batch_size,
-        cfg.method.num_trajectories,
-    )
+    (rank, world), writes = data_ranks(cfg), leads_sequence(cfg)
+    size, total = cfg.training.local_batch_size, cfg.method.num_trajectories
     on_rank_zero(folder.begin)
     groups, wanted = sorted({index // size for index in missing}), set(missing)
     if teacher is not None:
         teacher.init_preprocessors(cfg, prompts)
     mine = [index for group in groups[rank::world] for index in _members(group, size) if index in wanted]
-    progress = Progress("trajectories", len(mine), "samples" + (" of this rank" if world > 1 else ""), quiet=rank != 0)
+    progress = Progress(
+        "trajectories", len(mine), "samples" + (" of this rank" if world > 1 else ""), quiet=dist.get_rank() != 0
+    )
     for first in range(0, len(groups), world):
         own = first + rank < len(groups)
         members = _members(groups[first + rank] if own else groups[0], size)
         states, x0 = make_trajectories(cfg, teacher, prompts, members, folder.contract["shape"])
-        done = [row for row, index in enumerate(members) if own and index in wanted]
+        done = [row for row, index in enumerate(members) if own and writes and index in wanted]
         for row in done:
             folder.write_sample(members[row], states[row], x0[row])
         progress.add(len(done))
     dist.barrier()
-    for name, indices in list(folder.shards(total).items())[rank::world]:
+    for name, indices in list(folder.shards(total).items())[dist.get_rank() :: dist.get_world_size()]:
         folder.pack(name, indices)
     dist.barrier()
     on_rank_zero(lambda: folder.commit(total))
@@ -178,7 +176,7 @@ def main() -> None:
     try:
         prepare_data(cfg)
         needed = [role for role in METHODS[cfg.method.name].needed_roles(cfg) if role == "teacher"]
-        roles = build_roles(cfg, build_mesh(cfg, device.type), device, needed)
+        roles = build_roles(cfg, Mesh(cfg, device.type), device, needed)
         prompts = LatentCache(cfg.data.path, prompts_only=True)
         sizes = role_sizes(cfg.models["teacher"], "teacher")
         cache = prepare_trajectories(cfg, roles.get("teacher"), prompts, sizes.in_channels)

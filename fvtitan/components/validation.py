@@ -23,6 +23,7 @@ from fvtitan.components.metrics import MetricLogger
 from fvtitan.components.rng import generator
 from fvtitan.components.visualise import contact_sheet
 from fvtitan.data.latent_cache import LatentCache
+from fvtitan.distributed.mesh import data_ranks, leads_sequence
 from fvtitan.errors import UserError
 from fvtitan.flow_matching import sample_sigma
 from fvtitan.methods.base import TrainingMethod
@@ -95,7 +96,11 @@ class Validator:
         self.method = method
         self.metrics = metrics
         self.device = device
-        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        self.rank = dist.get_rank()
+        self.data_rank, self.data_world = data_ranks(cfg)
+        self.writes = leads_sequence(
+            cfg
+        )  # the ranks of a sequence sample the same videos; one of them decodes and writes
         self.folder = Path(cfg.job.dump_folder) / "validation"
         self.vae = VideoVAE(cfg.data.pipeline, device=device)
         self.prompts = read_prompts(cfg.validation.prompts)
@@ -162,7 +167,7 @@ class Validator:
         samples = self._sample(model, spec, num_videos)
         judged = self._judge(samples) if self.cfg.validation.judge else []
         self._write(samples, folder)
-        gathered: list[Any] = [None] * self.world
+        gathered: list[Any] = [None] * dist.get_world_size()
         shown = [sample for sample in samples if sample.index < SHEET_ROWS]
         dist.all_gather_object(gathered, (shown, judged))
         rows = sorted((s for shown, _ in gathered for s in shown), key=lambda s: s.index)
@@ -181,11 +186,12 @@ class Validator:
         return {f"judge{suffix}/{key}": value for key, value in scores.items()}, rows
 
     def _batches(self, count: int) -> list[list[int]]:
-        """This rank's batches of 0 .. count-1. All ranks get equally many (an empty one repeats item 0 for company)."""
+        """This data rank's batches of 0 .. count-1. All get equally many (an empty one repeats item 0 for company)."""
         size = self.cfg.training.local_batch_size
         batches = [list(range(start, min(start + size, count))) for start in range(0, count, size)]
-        rounds = -(-len(batches) // self.world)
-        return [batches[i] if i < len(batches) else [] for i in range(self.rank, rounds * self.world, self.world)]
+        rank, world = self.data_rank, self.data_world
+        rounds = -(-len(batches) // world)
+        return [batches[i] if i < len(batches) else [] for i in range(rank, rounds * world, world)]
 
     def _sample(self, model: ModelBase, spec: SamplerSpec, num_videos: int) -> list[_Sample]:
         seed, shape = self.cfg.training.seed, self.latent_shape
@@ -194,6 +200,8 @@ class Validator:
             indices = batch or [0]
             prompts = [self.embeds[i % len(self.embeds)] for i in indices]
             latents = sample_latents(model, spec, prompts, seed=seed, indices=indices, shape=shape)
+            if not self.writes:
+                continue
             for i, pixels in zip(batch, self.vae.decode(latents), strict=False):  # an empty batch ran for company only
                 samples.append(_Sample(i, self.prompts[i % len(self.prompts)], to_uint8(pixels)))
         return samples
@@ -231,7 +239,7 @@ class Validator:
                 sigma = torch.full(x0.shape[:2], level, device=self.device)
                 loss = method.heldout_loss(x0, noise, sigma, cond)
                 losses[batch, q] = loss[: len(batch)].double().cpu()
-        everywhere = losses.to(self.device)
+        everywhere = (losses if self.writes else torch.zeros_like(losses)).to(self.device)
         dist.all_reduce(everywhere)  # every clip was filled in by one rank
         name = f"validation{suffix}/loss"
         by_level = {

@@ -1,4 +1,8 @@
-"""The device mesh: replicate x shard."""
+"""The ranks of a job: replicate x shard x sequence, the last one fastest, so the ranks of one sequence are neighbours.
+
+The ranks of a sequence read the same samples; a role's parameters are sharded over shard x sequence ranks and replicated over
+the rest.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +15,36 @@ if TYPE_CHECKING:
     from fvtitan.config import JobConfig
 
 
-def build_mesh(cfg: JobConfig, device_type: str) -> DeviceMesh:
-    """1-D `("dp_shard",)` for FSDP2, 2-D `("dp_replicate", "dp_shard")` for HSDP; also on one rank."""
-    replicate, shard = cfg.data_parallel_degrees(dist.get_world_size())
-    if replicate > 1:
-        return init_device_mesh(device_type, (replicate, shard), mesh_dim_names=("dp_replicate", "dp_shard"))
-    return init_device_mesh(device_type, (shard,), mesh_dim_names=("dp_shard",))
+def data_ranks(cfg: JobConfig) -> tuple[int, int]:
+    """(number of this rank's sequence, how many there are): what divides samples among ranks asks for this."""
+    degree = cfg.parallelism.context_parallel_degree
+    return dist.get_rank() // degree, dist.get_world_size() // degree
+
+
+def leads_sequence(cfg: JobConfig) -> bool:
+    """Whether this rank is the first of its sequence: the one that writes what all of them have."""
+    return dist.get_rank() % cfg.parallelism.context_parallel_degree == 0
+
+
+class Mesh:
+    """The process groups of a job, made once."""
+
+    def __init__(self, cfg: JobConfig, device_type: str) -> None:
+        self._cfg, self._device_type = cfg, device_type
+        self._parameters: dict[tuple[int, int], DeviceMesh] = {}
+        _, sequences = data_ranks(cfg)
+        shape = (sequences, cfg.parallelism.context_parallel_degree)
+        self.sequence: DeviceMesh = init_device_mesh(device_type, shape, mesh_dim_names=("data", "sequence"))[
+            "sequence"
+        ]
+
+    def parameters(self, role: str) -> DeviceMesh:
+        """1-D `("shard",)` for FSDP2, 2-D `("replicate", "shard")` for HSDP; also on one rank. Roles of the same degrees
+        share it."""
+        replicate, shard = self._cfg.data_parallel_degrees(dist.get_world_size(), role)
+        degrees = (replicate, shard * self._cfg.parallelism.context_parallel_degree)
+        if degrees not in self._parameters:
+            names = ("replicate", "shard")
+            kept = slice(None) if replicate > 1 else slice(1, None)
+            self._parameters[degrees] = init_device_mesh(self._device_type, degrees[kept], mesh_dim_names=names[kept])
+        return self._parameters[degrees]

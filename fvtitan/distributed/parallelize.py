@@ -1,4 +1,5 @@
-"""How a transformer is made parallel: activation checkpointing -> compile -> FSDP2, as plain functions in this order."""
+"""How a transformer is made parallel: sequence parallelism -> activation checkpointing -> compile -> FSDP2, as plain functions
+in this order."""
 
 from __future__ import annotations
 
@@ -9,6 +10,9 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+from fvtitan.distributed.mesh import Mesh
+from fvtitan.distributed.sequence_parallel import SequenceShard, check_heads
+
 if TYPE_CHECKING:
     from fvtitan.config import JobConfig
 
@@ -16,13 +20,20 @@ if TYPE_CHECKING:
 DYNAMO_RECOMPILE_LIMIT = 64
 
 
-def parallelize(transformer: nn.Module, mesh: DeviceMesh, cfg: JobConfig, dtype: torch.dtype) -> None:
-    """Apply `cfg`'s parallelism to a transformer with `.blocks`, in place, before its weights exist (meta device). Its
-    parameters are cast to `dtype` for computation."""
+def parallelize(transformer: nn.Module, mesh: Mesh, cfg: JobConfig, role: str) -> None:
+    """Apply `cfg`'s parallelism to the transformer of `role`, with `.blocks`, in place, before its weights exist (meta
+    device)."""
+    apply_sequence_parallel(transformer, mesh.sequence, role)
     apply_ac(transformer, cfg.activation_checkpoint.mode)
     if cfg.compile.enable:
         apply_compile(transformer)
-    apply_fsdp(transformer, mesh, cfg, dtype)
+    apply_fsdp(transformer, mesh.parameters(role), cfg, role)
+
+
+def apply_sequence_parallel(transformer: nn.Module, sequence: DeviceMesh, role: str) -> None:
+    """Let the ranks of `sequence` share the tokens. Raises `UserError` when they cannot share the heads."""
+    check_heads(role, transformer.cfg.num_heads, sequence.size())
+    transformer.sequence_shard = SequenceShard.of(sequence)
 
 
 def apply_ac(transformer: nn.Module, mode: str) -> None:
@@ -37,17 +48,17 @@ def apply_compile(transformer: nn.Module) -> None:
         block.compile(fullgraph=True)
 
 
-def apply_fsdp(transformer: nn.Module, mesh: DeviceMesh, cfg: JobConfig, dtype: torch.dtype) -> None:
+def apply_fsdp(transformer: nn.Module, mesh: DeviceMesh, cfg: JobConfig, role: str) -> None:
     """Shard each block and the root with FSDP2, also on one rank: one process and 512 GPUs run the same numerics.
 
     Inputs are not cast: FSDP2 would round sigma and RoPE tables to bf16 (937.5 would arrive as 936). The model casts.
     """
     policy = MixedPrecisionPolicy(
-        param_dtype=dtype,
+        param_dtype=getattr(torch, cfg.role_dtypes(role)[1]),
         reduce_dtype=getattr(torch, cfg.training.mixed_precision_reduce),
         cast_forward_inputs=False,
     )
-    reshard = cfg.parallelism.fsdp_reshard_after_forward
+    reshard = cfg.role_parallelism(role).fsdp_reshard_after_forward
     for block in transformer.blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
     fully_shard(transformer, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)

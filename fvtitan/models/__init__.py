@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from torch.distributed.device_mesh import DeviceMesh
 
+from fvtitan.distributed.mesh import Mesh
 from fvtitan.distributed.utils import log
 from fvtitan.models.base import ModelBase
 from fvtitan.models.wan.model import WanCausalModel, WanModel
@@ -19,7 +19,7 @@ MODELS: dict[str, type[WanModel]] = {"wan": WanModel, "wan_causal": WanCausalMod
 
 
 def build_roles(
-    cfg: JobConfig, mesh: DeviceMesh, device: torch.device, needed: Sequence[str] | None = None
+    cfg: JobConfig, mesh: Mesh, device: torch.device, needed: Sequence[str] | None = None
 ) -> dict[str, ModelBase]:
     """`{role: model}` for every `[models.<role>]`, or those `needed`, sharded and with weights; a line for each."""
     roles: dict[str, ModelBase] = {}

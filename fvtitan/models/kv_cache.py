@@ -16,7 +16,8 @@ from fvtitan.models.blocks import CausalConfig, Runs, earlier_frames
 
 @dataclass
 class LayerCache:
-    """One layer: roped keys and values `[B, slots * tokens, heads, head_dim]`; those of the text `[B, text_len, ...]`."""
+    """One layer: roped keys and values `[B, slots * tokens, heads, head_dim]`, of this rank's heads where ranks share a
+    sequence; those of the text `[B, text_len, heads, head_dim]`, of all heads."""
 
     key: Tensor
     value: Tensor
@@ -56,7 +57,7 @@ class KVCache:
     the sink and one window, and slots are used again, so a stream has no end. `first_frame` is the number of the stream's
     first frame: RoPE is relative, so it changes nothing but what long streams look like inside. Blocks that end after
     `trained_frames` (0: none) see the sink directly before their window, as if nothing lay between: no distance then is one
-    that training never had.
+    that training never had. Of the heads, `num_shards` ranks that share a sequence hold a part each.
     """
 
     def __init__(
@@ -75,6 +76,7 @@ class KVCache:
         recycle: bool = False,
         first_frame: int = 0,
         trained_frames: int = 0,
+        num_shards: int = 1,
     ) -> None:
         self.causal = causal
         self.tokens_per_frame = tokens_per_frame
@@ -84,11 +86,11 @@ class KVCache:
         self.first_frame = first_frame
         self.trained_frames = trained_frames
 
-        def empty(length: int) -> Tensor:
-            return torch.empty(batch_size, length, num_heads, head_dim, device=device, dtype=dtype)
+        def empty(length: int, heads: int) -> Tensor:
+            return torch.empty(batch_size, length, heads, head_dim, device=device, dtype=dtype)
 
-        sizes = (self.num_slots * tokens_per_frame,) * 2 + (text_len,) * 2
-        self.layers = [LayerCache(*map(empty, sizes)) for _ in range(num_layers)]
+        video, text = (self.num_slots * tokens_per_frame, num_heads // num_shards), (text_len, num_heads)
+        self.layers = [LayerCache(empty(*video), empty(*video), empty(*text), empty(*text)) for _ in range(num_layers)]
         self.reset()
 
     def holds(self, num_frames: int) -> bool:

@@ -56,7 +56,7 @@ from fvtitan.components.validation import Validator
 from fvtitan.config import JobConfig, RoleConfig, load_config, read_toml
 from fvtitan.data.dataloader import BatchStream, GlobalBatchSampler
 from fvtitan.data.latent_cache import LatentCache
-from fvtitan.distributed.mesh import build_mesh
+from fvtitan.distributed.mesh import Mesh
 from fvtitan.methods import METHODS
 from fvtitan.methods.base import MethodConfig
 from fvtitan.methods.finetune import FineTuneConfig, FineTuneMethod
@@ -463,6 +463,13 @@ def test_held_out_loss_is_the_same_on_other_ranks_and_after_a_resume(plain, resu
     assert expected[6]["validation_ema/loss"] != pytest.approx(expected[6]["validation/loss"], rel=1e-5)
 
 
+def test_ranks_that_share_a_sequence_validate_as_one(runs, plain):
+    shared = runs.run("shared", 2, parallelism__context_parallel_degree=2, checkpoint__enable=False)
+    assert heldout_values(shared)[6] == pytest.approx(heldout_values(plain)[6], rel=1e-5)
+    videos = [sorted(p.name for p in (f / "validation/step-6").rglob("*.*")) for f in (shared, plain)]
+    assert videos[0] == videos[1] and len([name for name in videos[0] if name.endswith(".mp4")]) == 2  # raw and EMA
+
+
 def test_validation_neither_sees_nor_moves_the_generators(runs, plain, resumed):
     """Training that drew from every generator there is has the same held-out loss (above), and without validation training is
     the same bit for bit: parameters, optimizer, moving average, generators."""
@@ -799,7 +806,7 @@ def built(start, cache, heldout, tmp_path, single_process_group):
     """A method and a validator as train.py makes them, with shift 4.5."""
     keys = {"schedule__shift": 4.5, "method__loss_weighting": "bell", "training__max_norm": MAX_NORM}
     cfg = load_config(validated(start, cache, heldout, tmp_path, **keys))
-    roles = build_roles(cfg, build_mesh(cfg, "cpu"), torch.device("cpu"))
+    roles = build_roles(cfg, Mesh(cfg, "cpu"), torch.device("cpu"))
     method = FineTuneMethod(cfg=cfg, role_models=roles)
     method.on_train_start()
     logged: dict[str, float] = {}

@@ -7,7 +7,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from fvtitan.components.ema import EMA, EMAConfig
-from fvtitan.distributed.mesh import build_mesh
+from fvtitan.distributed.mesh import Mesh
 from fvtitan.models import build_roles
 from fvtitan.models.base import Conditioning
 from fvtitan.models.wan import transformer as network
@@ -18,7 +18,7 @@ from tests.helpers import causal_recipe, make_cache, small_config
 def student(tmp_path, single_process_group, request):
     precision = getattr(request, "param", "bfloat16")
     cfg = small_config(make_cache(tmp_path / "cache"), tmp_path, training__mixed_precision_param=precision)
-    model = build_roles(cfg, build_mesh(cfg, "cpu"), torch.device("cpu"))["student"]
+    model = build_roles(cfg, Mesh(cfg, "cpu"), torch.device("cpu"))["student"]
     with torch.no_grad():  # the untrained output projection is zero
         weight = model.transformer.head.head.weight
         weight.to_local().normal_(generator=torch.Generator().manual_seed(0))
@@ -80,7 +80,7 @@ def test_a_sharded_causal_student_streams(tmp_path, single_process_group, monkey
     """Under FSDP2 too a stream is the masked forward, its cache has the dtype of the computation, and gradients flow."""
     keys = {"training__mixed_precision_param": precision, "job__config_file": causal_recipe(tmp_path)}
     cfg = small_config(make_cache(tmp_path / "cache"), tmp_path, **keys)
-    model = build_roles(cfg, build_mesh(cfg, "cpu"), torch.device("cpu"))["student"]
+    model = build_roles(cfg, Mesh(cfg, "cpu"), torch.device("cpu"))["student"]
     with torch.no_grad():
         model.transformer.head.head.weight.to_local().normal_(std=0.1, generator=torch.Generator().manual_seed(0))
     x, sigma, cond = inputs()

@@ -24,7 +24,7 @@ from fvtitan.components.checkpoint import Checkpointer
 from fvtitan.config import load_config
 from fvtitan.data.latent_cache import LatentCache
 from fvtitan.data.trajectory_cache import TrajectoryCache, TrajectoryFolder
-from fvtitan.distributed.mesh import build_mesh
+from fvtitan.distributed.mesh import Mesh
 from fvtitan.distributed.utils import local_tensor
 from fvtitan.errors import UserError, cli
 from fvtitan.methods.kd import KDMethod
@@ -618,7 +618,7 @@ def loaded(arguments: list[str], role: str) -> tuple[ModelBase, dict[str, torch.
     cfg = load_config(arguments)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        model = build_roles(cfg, build_mesh(cfg, "cpu"), torch.device("cpu"), [role])[role]
+        model = build_roles(cfg, Mesh(cfg, "cpu"), torch.device("cpu"), [role])[role]
         return model, {name: local_tensor(p.detach()).clone() for name, p in model.transformer.named_parameters()}
     finally:
         dist.destroy_process_group()

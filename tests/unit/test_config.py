@@ -79,7 +79,7 @@ def test_method_keys_are_typed(tmp_path):
         ('[validation]\njudge = true\nprompts = "p.txt"\n', "judge = true needs"),
         (
             "[training]\nlocal_batch_size = 4\nglobal_batch_size = 6\n",
-            "multiple of local_batch_size x ranks = 4 x 1; nearest: 4 or 8",
+            "multiple of local_batch_size x data ranks = 4 x 1; nearest: 4 or 8",
         ),
         ("[parallelism]\ndata_parallel_replicate_degree = 2\n", "is 2, but there are 1 processes"),
         ("a = = 3\n", "not a TOML file"),

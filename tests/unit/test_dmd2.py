@@ -13,7 +13,7 @@ from fvtitan import samplers
 from fvtitan.components.rng import SampleStreams
 from fvtitan.config import RoleConfig, load_config
 from fvtitan.data.latent_cache import LatentCache
-from fvtitan.distributed.mesh import build_mesh
+from fvtitan.distributed.mesh import Mesh
 from fvtitan.errors import UserError
 from fvtitan.flow_matching import ScheduleConfig
 from fvtitan.methods.dmd2 import DMD2Method
@@ -260,7 +260,7 @@ def test_a_frozen_teachers_dtype(cache, tmp_path, single_process_group, dtype, e
     models = {"teacher": {"dtype": dtype}}
     arguments = small_arguments(cache, tmp_path, job__config_file=dmd2_recipe(tmp_path, models))
     cfg = load_config(arguments)
-    roles = build_roles(cfg, build_mesh(cfg, "cpu"), torch.device("cpu"))
+    roles = build_roles(cfg, Mesh(cfg, "cpu"), torch.device("cpu"))
     dtypes = {role: {p.dtype for p in model.transformer.parameters()} for role, model in roles.items()}
     assert dtypes == {
         "student": {torch.float32},

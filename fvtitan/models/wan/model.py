@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 
+from fvtitan.distributed.mesh import Mesh
 from fvtitan.distributed.parallelize import parallelize
 from fvtitan.distributed.utils import gathered
 from fvtitan.errors import UserError
@@ -39,14 +39,14 @@ class WanModel(ModelBase):
         self.reshard_after_forward = False  # not sharded
 
     @classmethod
-    def build(cls, cfg: JobConfig, role: str, mesh: DeviceMesh, device: torch.device) -> WanModel:
+    def build(cls, cfg: JobConfig, role: str, mesh: Mesh, device: torch.device) -> WanModel:
         """Meta -> parallelize -> storage for the local shards -> weights read (or drawn) straight into them."""
         role_cfg = cfg.models[role]
         sizes = weights.role_sizes(role_cfg, role)
         storage, compute = (getattr(torch, name) for name in cfg.role_dtypes(role))
         with torch.device("meta"):
             transformer = WanTransformer(sizes).to(storage)
-        parallelize(transformer, mesh, cfg, compute)
+        parallelize(transformer, mesh, cfg, role)
         transformer.to_empty(device=device)
         if weights.is_checkpoint(role_cfg.init_from):
             weights.load_checkpoint(transformer, cfg, role)
@@ -58,7 +58,7 @@ class WanModel(ModelBase):
         model = cls(
             transformer, role_cfg, trainable=role_cfg.trainable, schedule=cfg.schedule, device=device, dtype=compute
         )
-        model.reshard_after_forward = cfg.parallelism.fsdp_reshard_after_forward
+        model.reshard_after_forward = cfg.role_parallelism(role).fsdp_reshard_after_forward
         if not role_cfg.trainable:
             transformer.eval()
             model.identity = weights.weights_hash(role_cfg) if role_cfg.init_from else ""
@@ -130,7 +130,7 @@ class WanCausalModel(WanModel, CausalModelBase):
         """Latent frames of the videos it was trained on; 0: unknown. Longer streams see their sink nearer."""
 
     @classmethod
-    def build(cls, cfg: JobConfig, role: str, mesh: DeviceMesh, device: torch.device) -> WanModel:
+    def build(cls, cfg: JobConfig, role: str, mesh: Mesh, device: torch.device) -> WanModel:
         role_cfg = cfg.models[role]
         if role_cfg.attention_backend == "flex" and role_cfg.trainable and device.type == "cpu":
             raise UserError(
@@ -166,6 +166,7 @@ class WanCausalModel(WanModel, CausalModelBase):
                 tokens_per_frame=height * width // math.prod(sizes.patch_size),
                 text_len=sizes.text_len,
                 num_heads=sizes.num_heads,
+                num_shards=shard.size if (shard := self.transformer.sequence_shard) else 1,
                 head_dim=sizes.head_dim,
                 device=self.device,
                 dtype=self.dtype,

@@ -1,7 +1,8 @@
 """The Wan 2.1 text-to-video transformer (arXiv:2503.20314), with one noise level per latent frame.
 
 Parameters carry Wan's original names (`blocks.0.self_attn.q.weight`); `adapter.py` maps them to diffusers' and back.
-No parallelism in here: `distributed/parallelize.py` shards, checkpoints and compiles this module from outside.
+`distributed/parallelize.py` shards, checkpoints and compiles this module from outside; what is in here of parallelism is where
+the ranks that share a sequence part and meet.
 
 Precision: matrix products run in the dtype the parameters have during forward (bf16 under FSDP mixed precision); sigma,
 RoPE, modulation and norms in at least float32, so a noise level of 937.5 / 1000 arrives as such.
@@ -19,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from fvtitan.distributed.sequence_parallel import SequenceShard
 from fvtitan.flow_matching import NUM_TIMESTEPS
 from fvtitan.models.kv_cache import KVCache, LayerPass, store
 from fvtitan.models.wan.attention import (
@@ -132,9 +134,18 @@ class Attention(nn.Module):
 class SelfAttention(Attention):
     """Attention among the video's tokens, with RoPE: full, block-causal by a plan, or streaming over a cache."""
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: AttentionMask, stream: LayerPass | None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor],
+        mask: AttentionMask,
+        stream: LayerPass | None,
+        shard: SequenceShard | None,
+    ) -> Tensor:
         q, (k, v) = apply_rope(self.query(x), rope), self.key_value(x)
         k = apply_rope(k, rope)
+        if shard is not None:  # from here on all tokens, of this rank's heads
+            q, k, v = shard.to_heads(q), shard.to_heads(k), shard.to_heads(v)
         if stream is not None:
             fresh_k, fresh_v, layer = k, v, stream.layer
             if stream.context:  # copies: nothing of the graph points into the cache
@@ -146,7 +157,10 @@ class SelfAttention(Attention):
             if stream.write is not None:
                 store(layer.key, fresh_k, stream.write)
                 store(layer.value, fresh_v, stream.write)
-        return self.o(attend(q, k, v, mask).flatten(2))
+        out = attend(q, k, v, mask)
+        if shard is not None:
+            out = shard.to_tokens(out)
+        return self.o(out.flatten(2))
 
 
 class CrossAttention(Attention):
@@ -185,12 +199,14 @@ class Block(nn.Module):
         rope: tuple[Tensor, Tensor],
         mask: AttentionMask = None,
         stream: LayerPass | None = None,
+        shard: SequenceShard | None = None,
     ) -> Tensor:
-        """x `[B, S, dim]`, modulation `[B, T, 6, dim]` in at least float32, text `[B, L, dim]`."""
+        """x `[B, S, dim]`, modulation `[B, T, 6, dim]` in at least float32, text `[B, L, dim]`. With `shard`, x and rope are
+        this rank's tokens."""
         rows = self.modulation.to(modulation.dtype) + modulation
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = rows.unbind(2)  # each [B, T, dim]
         h = modulate(x, scale, shift, self.eps)
-        x = gated_residual(x, self.self_attn(h, rope, mask, stream), gate)
+        x = gated_residual(x, self.self_attn(h, rope, mask, stream, shard), gate)
         x = x + self.cross_attn(self._cross_norm(x), text, stream)
         h = modulate(x, ffn_scale, ffn_shift, self.eps)
         return gated_residual(x, self.ffn(h), ffn_gate)
@@ -225,6 +241,7 @@ class WanTransformer(nn.Module):
         super().__init__()
         self.cfg = cfg
         self.checkpoint_blocks = False  # set by parallelize.apply_ac; no wrapper, so names stay clean
+        self.sequence_shard: SequenceShard | None = None  # set by parallelize.apply_sequence_parallel
         dim = cfg.dim
         # Conv3d with kernel = stride = patch is a linear map of flattened patches; adapter.py reshapes the weight.
         self.patch_embedding = nn.Linear(cfg.in_channels * math.prod(cfg.patch_size), dim)
@@ -263,6 +280,10 @@ class WanTransformer(nn.Module):
             x = torch.cat([self.patchify(clean.to(compute))[0], x], dim=1)
             sigma = torch.cat([clean_sigma, sigma], dim=1)
             rope = (torch.cat([rope[0]] * 2), torch.cat([rope[1]] * 2))
+        shard = self.sequence_shard
+        if shard is not None:
+            shard = dataclasses.replace(shard, tokens_per_frame=grid[1] * grid[2])
+            x, rope = shard.split(x), (shard.rows(rope[0]), shard.rows(rope[1]))
         x = self.patch_embedding(x)
         embedding, modulation = self.embed_sigma(sigma, _wide(compute))
         passes: list[LayerPass] | list[None] = [None] * len(self.blocks)
@@ -275,12 +296,13 @@ class WanTransformer(nn.Module):
         mask = prepare(plan, grid[1] * grid[2], x.device) if plan is not None else None
         for block, stream in zip(self.blocks, passes, strict=True):
             if self.checkpoint_blocks and torch.is_grad_enabled():
-                x = checkpoint(block, x, modulation, text, rope, mask, stream, use_reentrant=False)
+                x = checkpoint(block, x, modulation, text, rope, mask, stream, shard, use_reentrant=False)
             else:
-                x = block(x, modulation, text, rope, mask, stream)
+                x = block(x, modulation, text, rope, mask, stream, shard)
         if context is not None:
             x, embedding = x.chunk(2, dim=1)[1], embedding.chunk(2, dim=1)[1]
-        return self.unpatchify(self.head(x, embedding), grid)
+        x = self.head(x, embedding)
+        return self.unpatchify(x if shard is None else shard.gather(x), grid)
 
     def embed_text(self, text: Tensor, cache: KVCache | None) -> Tensor:
         """Text as the blocks see it `[B, text_len, dim]`; in a stream computed once, unless gradients flow into it."""
