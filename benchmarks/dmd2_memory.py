@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.memory import LiveBytes  # noqa: E402
+from fvtitan.components.memory import LiveBytes  # noqa: E402
 from fvtitan.config import load_config  # noqa: E402
 from fvtitan.data.dataloader import BatchStream  # noqa: E402
 from fvtitan.distributed.mesh import Mesh  # noqa: E402

@@ -1,4 +1,4 @@
-"""Counting the bytes of tensors, on any device."""
+"""Counting what autograd holds for backward."""
 
 from __future__ import annotations
 
@@ -6,38 +6,6 @@ import weakref
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-
-from fvtitan.distributed.utils import local_tensor
-
-
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the tensors made inside that are still alive, and their peak."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self._known: set[int] = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor):
-                self._add(local_tensor(tensor).untyped_storage())
-        return result
-
-    def _add(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        if key not in self._known:
-            self._known.add(key)
-            self.now += size
-            self.peak = max(self.peak, self.now)
-            weakref.finalize(storage, self._remove, key, size)
-
-    def _remove(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self.now -= size
 
 
 class SavedBytes(torch.autograd.graph.saved_tensors_hooks):

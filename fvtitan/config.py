@@ -615,9 +615,9 @@ def _with_python_booleans(argv: list[str]) -> list[str]:
     return words
 
 
-def load_config(argv: list[str], *, training: bool = True) -> JobConfig:
+def load_config(argv: list[str], *, training: bool = True, world_size: int | None = None) -> JobConfig:
     """Configuration from `--job.config_file FILE` and overrides `--section.key value` (or `=value`), checked; without
-    `training`, batch sizes need not fit the number of processes.
+    `training`, batch sizes need not fit the number of processes, which is torchrun's unless `world_size` is given.
 
     Raises `UserError` for everything that is wrong in it.
     """
@@ -643,7 +643,7 @@ def load_config(argv: list[str], *, training: bool = True) -> JobConfig:
         text = " ".join(line.strip(" │╭╮╰╯─") for line in message.getvalue().splitlines()).strip()
         raise UserError(f"command line: {' '.join(text.split())}") from None
     cfg.check()
-    cfg.check_world(world_size_from_environment(), training=training)
+    cfg.check_world(world_size or world_size_from_environment(), training=training)
     return cfg
 
 

@@ -12,10 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from torch.distributed._functional_collectives import all_to_all_single_autograd
+from torch.distributed._functional_collectives import all_to_all_single_autograd, wait_tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from fvtitan.errors import UserError
@@ -101,8 +100,8 @@ class SequenceShard:
     def _all_gather(self, x: Tensor) -> Tensor:
         """Every rank's tokens -> whole sequences."""
         x = x.unflatten(1, (-1, self.share)).contiguous()
-        every = x.new_empty(self.size * len(x), *x.shape[1:])
-        dist.all_gather_into_tensor(every, x, group=dist.distributed_c10d._resolve_process_group(self.group))
+        # The operator itself: its Python names differ between torch 2.11 and 2.13.
+        every = wait_tensor(torch.ops._c10d_functional.all_gather_into_tensor(x, self.size, self.group))
         return self._join(every.unflatten(0, (self.size, -1)).movedim(0, 2), 2).flatten(1, 2)
 
 
