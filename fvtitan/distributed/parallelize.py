@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 if TYPE_CHECKING:
     from fvtitan.config import JobConfig
@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 DYNAMO_RECOMPILE_LIMIT = 64
 
 
-def parallelize(transformer: nn.Module, mesh: DeviceMesh, cfg: JobConfig, dtype: torch.dtype) -> None:
-    """Apply `cfg`'s parallelism to a transformer with `.blocks`, in place, before its weights exist (meta device). Its
-    parameters are cast to `dtype` for computation."""
+def parallelize(transformer: nn.Module, mesh: DeviceMesh, cfg: JobConfig, role: str) -> None:
+    """Apply `cfg`'s parallelism to the transformer of `role`, with `.blocks`, in place, before its weights exist (meta
+    device)."""
     apply_ac(transformer, cfg.activation_checkpoint.mode)
     if cfg.compile.enable:
         apply_compile(transformer)
-    apply_fsdp(transformer, mesh, cfg, dtype)
+    apply_fsdp(transformer, mesh, cfg, role)
 
 
 def apply_ac(transformer: nn.Module, mode: str) -> None:
@@ -37,17 +37,19 @@ def apply_compile(transformer: nn.Module) -> None:
         block.compile(fullgraph=True)
 
 
-def apply_fsdp(transformer: nn.Module, mesh: DeviceMesh, cfg: JobConfig, dtype: torch.dtype) -> None:
+def apply_fsdp(transformer: nn.Module, mesh: DeviceMesh, cfg: JobConfig, role: str) -> None:
     """Shard each block and the root with FSDP2, also on one rank: one process and 512 GPUs run the same numerics.
 
     Inputs are not cast: FSDP2 would round sigma and RoPE tables to bf16 (937.5 would arrive as 936). The model casts.
     """
     policy = MixedPrecisionPolicy(
-        param_dtype=dtype,
+        param_dtype=getattr(torch, cfg.role_dtypes(role)[1]),
         reduce_dtype=getattr(torch, cfg.training.mixed_precision_reduce),
         cast_forward_inputs=False,
     )
     reshard = cfg.parallelism.fsdp_reshard_after_forward
-    for block in transformer.blocks:
-        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
-    fully_shard(transformer, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
+    offload = OffloadPolicy()
+    if cfg.models[role].cpu_offload:
+        offload = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda")
+    for module in (*transformer.blocks, transformer):
+        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard, offload_policy=offload)
