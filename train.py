@@ -71,7 +71,6 @@ def main() -> None:
         method.on_train_start()
         if method.description():
             log(method.description())
-        student = method.student.transformer
 
         # ------------------------------------------------------------------------ loader, EMA, what is saved
         batches = BatchStream(
@@ -86,7 +85,7 @@ def main() -> None:
             allow_changed=cfg.checkpoint.allow_changed,
         )
         at_exit.callback(batches.close)
-        ema = EMA(student, cfg.ema) if cfg.ema.enable else None
+        ema = EMA(method.student, cfg.ema) if cfg.ema.enable else None
         train_state = TrainState()
         states = method.checkpoint_state() | {"dataloader": batches, "train_state": train_state}
         if ema is not None:

@@ -19,6 +19,7 @@ import tomli
 import tomli_w
 
 from fvtitan.components.ema import EMAConfig
+from fvtitan.components.lora import LoRAConfig
 from fvtitan.components.lr_scheduler import LRSchedulerConfig
 from fvtitan.components.optimizer import OptimizerConfig
 from fvtitan.distributed.sequence_parallel import check_heads, divisors
@@ -111,8 +112,13 @@ class RoleConfig:
     trainable: bool = True
     """Whether this role is trained."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    """In which a frozen role's weights lie in memory and are computed; auto: training.mixed_precision_param. The weights of
-    trained roles are float32."""
+    """In which frozen weights, a role's or those under its adapter, lie in memory and are computed; auto:
+    training.mixed_precision_param. Trained weights are float32."""
+    share_base_with: str = ""
+    """With lora: the frozen role (teacher) on whose network this one is an adapter; it has none of its own. Empty: it has."""
+    cpu_offload: bool = False
+    """Frozen roles: the weights lie in the CPU's memory, and each block's are copied to the GPU when it runs. For teachers that
+    would not fit; slower."""
     frames_per_block: int = 0
     """wan_causal: latent frames of a block (Self-Forcing: 3)."""
     independent_first_frame: bool = False
@@ -128,16 +134,34 @@ class RoleConfig:
     optimizer: OptimizerOverrides = field(default_factory=OptimizerOverrides)
     lr_scheduler: LRSchedulerOverrides = field(default_factory=LRSchedulerOverrides)
     parallelism: ParallelismOverrides = field(default_factory=ParallelismOverrides)
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
 
     def check(self, role: str) -> None:
+        self.lora.check(f"models.{role}.lora")
         _require(
-            bool(self.flavor or self.init_from),
-            f"models.{role}: give flavor (tiny, 1.3B, 14B), init_from (a folder or hub id), or both",
+            not self.lora.rank or self.trainable,
+            f"models.{role}.lora.rank = {self.lora.rank} has no effect with trainable = false: remove one of them",
         )
+        if self.share_base_with:
+            self._check_sharing(role)
+        else:
+            _require(
+                bool(self.flavor or self.init_from),
+                f"models.{role}: give flavor (tiny, 1.3B, 14B), init_from (a folder or hub id), or both",
+            )
+            _require(
+                not self.lora.rank or bool(self.init_from),
+                f"models.{role}.lora.rank = {self.lora.rank}: an adapter needs weights to lie on; give init_from, or "
+                "share_base_with",
+            )
         _require(
-            not self.trainable or self.dtype == "auto",
+            not self.trainable or bool(self.lora.rank) or self.dtype == "auto",
             f"models.{role}.dtype = {self.dtype!r}: the weights of a trained role are float32, computed in "
             "training.mixed_precision_param; remove it",
+        )
+        _require(
+            not self.trainable or not self.cpu_offload,
+            f"models.{role}.cpu_offload = true: only the weights of frozen roles can lie on the CPU; remove it",
         )
         causal_keys = ("frames_per_block", "independent_first_frame", "local_attn_frames", "sink_frames")
         if self.name == "wan":
@@ -160,6 +184,20 @@ class RoleConfig:
         _require(
             self.sink_frames == 0 or (self.sink_frames > 0 and self.local_attn_frames > 0),
             f"models.{role}.sink_frames = {self.sink_frames}: must be >= 0, and needs local_attn_frames",
+        )
+
+    def _check_sharing(self, role: str) -> None:
+        where = f"models.{role}.share_base_with = {self.share_base_with!r}"
+        _require(bool(self.lora.rank), f"{where}: only an adapter can share a network; set models.{role}.lora.rank")
+        for key in ("flavor", "init_from", "init_role", "init_weights", "dtype", "cpu_offload"):
+            _require(
+                getattr(self, key) == getattr(RoleConfig, key),
+                f"models.{role}.{key} = {getattr(self, key)!r} has no effect: the network is that of "
+                f"{self.share_base_with!r}; give it there, or remove share_base_with",
+            )
+        _require(
+            self.parallelism == ParallelismOverrides(),
+            f"models.{role}.parallelism has no effect: the network is that of {self.share_base_with!r}; give it there",
         )
 
     def causal(self) -> CausalConfig:
@@ -408,12 +446,18 @@ class JobConfig:
         return _overlay(self.optimizer, self.models[role].optimizer)
 
     def role_dtypes(self, role: str) -> tuple[str, str]:
-        """(of the weights in memory, of the computation)."""
-        model, compute = self.models[role], self.training.mixed_precision_param
-        if model.trainable:
+        """(of the weights in memory, of the computation). Under an adapter, of what it lies on."""
+        model, compute = self.models[self.models[role].share_base_with or role], self.training.mixed_precision_param
+        if model.trainable and not model.lora.rank:
             return "float32", compute
         dtype = compute if model.dtype == "auto" else model.dtype
         return dtype, dtype
+
+    def adapters_on(self, role: str) -> list[str]:
+        """The roles whose adapters lie on this role's network: its own, or those that share it."""
+        return [
+            name for name, model in self.models.items() if model.lora.rank and (model.share_base_with or name) == role
+        ]
 
     def role_lr_scheduler(self, role: str) -> LRSchedulerConfig:
         """[lr_scheduler] with this role's overrides."""
@@ -443,6 +487,9 @@ class JobConfig:
             self.role_optimizer(role).check(f"models.{role}.optimizer")
             self.role_lr_scheduler(role).check(f"models.{role}.lr_scheduler")
             self.role_parallelism(role).check(f"models.{role}.parallelism")
+        for role, model in self.models.items():
+            if model.share_base_with:
+                self._check_base(role, model.share_base_with)
         for role in method.roles:
             _require(role in self.models, f"method {self.method.name!r} needs the role {role!r}: add [models.{role}]")
         _require(
@@ -454,6 +501,16 @@ class JobConfig:
             if model.name == "wan_causal":
                 self._check_blocks(role, model)
         self.method.check(self)
+
+    def _check_base(self, role: str, name: str) -> None:
+        where, base = f"models.{role}.share_base_with = {name!r}", self.models.get(name)
+        _require(base is not None, f"{where}: there is no such role.{did_you_mean(name, self.models)}")
+        _require(not base.share_base_with and name != role, f"{where}: has no network of its own")
+        _require(not base.trainable, f"{where}: is trained; share the network of a frozen role")
+        _require(bool(base.init_from), f"{where}: an adapter needs weights to lie on; give models.{name}.init_from")
+        _require(
+            not base.cpu_offload, f"models.{name}.cpu_offload = true: {role!r} trains an adapter on it; remove one"
+        )
 
     def _check_blocks(self, role: str, model: RoleConfig) -> None:
         try:

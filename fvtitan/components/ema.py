@@ -1,18 +1,21 @@
-"""Exponential moving average of a role's parameters: float32, sharded like the model, one line of arithmetic."""
+"""Exponential moving average of what a role trains: float32, sharded like the model, one line of arithmetic."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from fvtitan.distributed.utils import local_tensor, reshard
+from fvtitan.distributed.utils import local_tensor
 from fvtitan.errors import UserError
+
+if TYPE_CHECKING:
+    from fvtitan.models.base import ModelBase
 
 
 @dataclass
@@ -34,27 +37,23 @@ class EMAConfig:
 
 
 class EMA:
-    """Moving average of `module`'s parameters. Stateful: tensors under their parameter's name, and the update count."""
+    """Moving average of a role's trained parameters. Stateful: tensors under their parameter's name, and the update count."""
 
-    def __init__(self, module: nn.Module, cfg: EMAConfig):
-        self.module = module
+    def __init__(self, model: ModelBase, cfg: EMAConfig):
+        self.model = model
         self.cfg = cfg
         self.num_updates = 0
-        reshard(module)
-        self.shadow: dict[str, Tensor] = {
-            n: p.detach().clone() for n, p in module.named_parameters() if p.requires_grad
-        }
+        self.shadow: dict[str, Tensor] = {n: p.detach().clone() for n, p in model.trained_parameters().items()}
 
     def _pairs(self) -> tuple[list[Tensor], list[Tensor]]:
         """Local shards of (average, parameter); lists of plain tensors are 30x cheaper to dispatch than DTensors."""
-        parameters = dict(self.module.named_parameters())
+        parameters = self.model.trained_parameters()
         shadow = [local_tensor(average) for average in self.shadow.values()]
         return shadow, [local_tensor(parameters[name].detach()) for name in self.shadow]
 
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Call after each update of the student, with the training step it belongs to."""
-        reshard(self.module)
         shadow, parameters = self._pairs()
         if step <= self.cfg.start_step:
             torch._foreach_copy_(shadow, parameters)
@@ -64,7 +63,7 @@ class EMA:
 
     @contextlib.contextmanager
     def swapped(self) -> Iterator[None]:
-        """Inside, the module holds the average; afterwards its own parameters again, bit for bit."""
+        """Inside, the role holds the average; afterwards its own parameters again, bit for bit."""
         self._swap()
         try:
             yield
@@ -73,7 +72,6 @@ class EMA:
 
     @torch.no_grad()
     def _swap(self) -> None:
-        reshard(self.module)  # writes to sharded parameters are invisible while they are gathered
         shadow, parameters = self._pairs()
         held = [p.clone() for p in parameters]
         torch._foreach_copy_(parameters, shadow)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -51,12 +52,11 @@ def hyper_parameters(group: dict[str, Any], cfg: OptimizerConfig) -> dict[str, A
     return {"lr": cfg.lr, "betas": cfg.betas, "eps": cfg.eps, "weight_decay": decay}
 
 
-def build_optimizer(module: nn.Module, cfg: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters of one role, in two groups: with and without weight decay."""
-    trainable = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+def build_optimizer(parameters: Mapping[str, nn.Parameter], cfg: OptimizerConfig) -> torch.optim.AdamW:
+    """AdamW over the trained parameters of one role, by name, in two groups: with and without weight decay."""
     groups = [
-        {"params": [p for n, p in trainable if has_weight_decay(n, p)], "decays": True},
-        {"params": [p for n, p in trainable if not has_weight_decay(n, p)], "decays": False},
+        {"params": [p for n, p in parameters.items() if has_weight_decay(n, p)], "decays": True},
+        {"params": [p for n, p in parameters.items() if not has_weight_decay(n, p)], "decays": False},
     ]
     return OPTIMIZERS[cfg.name](
         [group | hyper_parameters(group, cfg) for group in groups if group["params"]],

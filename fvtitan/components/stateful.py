@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from fvtitan.distributed.utils import reshard
+from fvtitan.distributed.utils import local_tensor, reshard
 from fvtitan.errors import UserError
 
 
@@ -36,18 +36,26 @@ class Stateful(Protocol):
 
 
 class ModelState:
-    """A module's parameters and buffers under their clean names, sharded as they are."""
+    """A module's parameters and buffers under their clean names, sharded as they are; or `parameters` of it alone, under the
+    names they have there: an adapter's."""
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, parameters: Mapping[str, nn.Parameter] | None = None) -> None:
         self.module = module
+        self.parameters = parameters
 
     def state_dict(self) -> dict[str, Any]:
         reshard(self.module)  # writes into sharded parameters are lost while they are gathered
-        return get_model_state_dict(self.module)
+        if self.parameters is None:
+            return get_model_state_dict(self.module)
+        return {name: parameter.detach() for name, parameter in self.parameters.items()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         reshard(self.module)
-        set_model_state_dict(self.module, state_dict, options=StateDictOptions(strict=True))
+        if self.parameters is None:
+            set_model_state_dict(self.module, state_dict, options=StateDictOptions(strict=True))
+            return
+        for name, parameter in self.parameters.items():
+            local_tensor(parameter.detach()).copy_(local_tensor(state_dict[name]))
 
 
 class OptimizerState:
@@ -60,13 +68,13 @@ class OptimizerState:
 
     _BUILT = frozenset({"params", "fused", "foreach", "capturable", "differentiable", "maximize"})
 
-    def __init__(self, module: nn.Module, optimizer: Optimizer) -> None:
+    def __init__(self, parameters: Mapping[str, nn.Parameter], optimizer: Optimizer) -> None:
         self.optimizer = optimizer
-        names = {parameter: clean_name(name) for name, parameter in module.named_parameters()}
+        names = {parameter: clean_name(name) for name, parameter in parameters.items()}
         self.groups: list[list[tuple[str, nn.Parameter]]] = []
         for group in optimizer.param_groups:
             if unknown := sum(parameter not in names for parameter in group["params"]):
-                raise ValueError(f"{unknown} parameters of the optimizer are not in the module")
+                raise ValueError(f"{unknown} parameters of the optimizer have no name")
             self.groups.append([(names[parameter], parameter) for parameter in group["params"]])
 
     def state_dict(self) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from fvtitan.distributed.mesh import Mesh
 from fvtitan.distributed.sequence_parallel import SequenceShard, check_heads
@@ -59,6 +59,8 @@ def apply_fsdp(transformer: nn.Module, mesh: DeviceMesh, cfg: JobConfig, role: s
         cast_forward_inputs=False,
     )
     reshard = cfg.role_parallelism(role).fsdp_reshard_after_forward
-    for block in transformer.blocks:
-        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
-    fully_shard(transformer, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
+    offload = OffloadPolicy()
+    if cfg.models[role].cpu_offload:
+        offload = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda")
+    for module in (*transformer.blocks, transformer):
+        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard, offload_policy=offload)

@@ -6,7 +6,7 @@ import contextlib
 import datetime
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -104,15 +104,15 @@ def gathered(module: nn.Module) -> Iterator[None]:
         reshard(module)
 
 
-def clip_grad_norm(modules: Iterable[nn.Module], max_norm: float) -> Tensor:
+def clip_grad_norm(parameters: Mapping[str, nn.Parameter], max_norm: float) -> Tensor:
     """Scale the gradients so that their global L2 norm is at most `max_norm`; returns the norm before, a 0-d tensor.
 
     The norm of sharded gradients is made full before clipping: a norm of local shards would clip each rank differently.
     """
-    parameters = [p for module in modules for p in module.parameters() if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+    with_gradient = [p for p in parameters.values() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm([p.grad for p in with_gradient])
     norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-    torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    torch.nn.utils.clip_grads_with_norm_(with_gradient, max_norm, norm)
     return norm
 
 

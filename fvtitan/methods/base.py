@@ -21,6 +21,7 @@ from fvtitan.components.checkpoint import (
 from fvtitan.components.lr_scheduler import build_lr_scheduler
 from fvtitan.components.optimizer import build_optimizer, hyper_parameters
 from fvtitan.components.rng import SampleStreams, fold
+from fvtitan.components.stateful import Identity
 from fvtitan.data.latent_cache import LatentCache
 from fvtitan.errors import UserError
 from fvtitan.models.base import Conditioning, ModelBase
@@ -85,9 +86,12 @@ class TrainingMethod(nn.Module, ABC):
                 )
         self.data = self.dataset()
         self.student.init_preprocessors(cfg, self.data)
-        trained = {role: model.transformer for role, model in role_models.items() if model.trainable}
-        self.role_modules: dict[str, nn.Module] = trained
-        self.optimizers = {role: build_optimizer(m, cfg.role_optimizer(role)) for role, m in trained.items()}
+        trained = {role: model for role, model in role_models.items() if model.trainable}
+        self.role_modules: dict[str, nn.Module] = {role: model.transformer for role, model in trained.items()}
+        self.optimizers = {
+            role: build_optimizer(model.trained_parameters(), cfg.role_optimizer(role))
+            for role, model in trained.items()
+        }
         self.lr_schedulers = {
             role: build_lr_scheduler(optimizer, cfg.role_lr_scheduler(role), self.total_updates(role))
             for role, optimizer in self.optimizers.items()
@@ -131,9 +135,9 @@ class TrainingMethod(nn.Module, ABC):
     def single_train_step(self, batch: dict[str, Any], step: int, role: str) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss (0-d) and metrics of one micro-batch of one role's phase: the mean over the micro-batch's samples."""
 
-    def get_grad_clip_targets(self, role: str) -> list[nn.Module]:
-        """The modules whose gradients are clipped together after a phase."""
-        return [self.role_modules[role]]
+    def get_grad_clip_targets(self, role: str) -> dict[str, nn.Parameter]:
+        """The parameters, by name, whose gradients are clipped together after a phase."""
+        return self.role_models[role].trained_parameters()
 
     @classmethod
     def sampler(cls, cfg: JobConfig) -> SamplerSpec:
@@ -177,11 +181,16 @@ class TrainingMethod(nn.Module, ABC):
         return draw < self.cfg.data.caption_dropout
 
     def checkpoint_state(self) -> dict[str, Stateful]:
-        """Everything of the method that a checkpoint holds. Frozen roles are not saved."""
+        """Everything of the method that a checkpoint holds. Frozen weights are not saved: of a role with an adapter, that and
+        the identity of what lies under it."""
         states: dict[str, Stateful] = {"random_state": RandomState(self.generator)}
         for role, module in self.role_modules.items():
-            states[f"roles.{role}.transformer"] = ModelState(module)
-            states[f"optimizers.{role}"] = OptimizerState(module, self.optimizers[role])
+            model = self.role_models[role]
+            trained, adapter = model.trained_parameters(), model.adapter is not None
+            states[f"roles.{role}.transformer"] = ModelState(module, trained if adapter else None)
+            if adapter:
+                states[f"identity.{role}"] = Identity(f"models.{role}", model.identity)
+            states[f"optimizers.{role}"] = OptimizerState(trained, self.optimizers[role])
             states[f"schedulers.{role}"] = SchedulerState(self.lr_schedulers[role])
         return states
 

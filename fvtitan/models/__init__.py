@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
+from fvtitan.components.lora import base_parameters
 from fvtitan.distributed.mesh import Mesh
 from fvtitan.distributed.utils import log
 from fvtitan.models.base import ModelBase
 from fvtitan.models.wan.model import WanCausalModel, WanModel
+from fvtitan.models.wan.transformer import WanConfig
 
 if TYPE_CHECKING:
     from fvtitan.config import JobConfig
@@ -19,13 +21,32 @@ MODELS: dict[str, type[WanModel]] = {"wan": WanModel, "wan_causal": WanCausalMod
 
 
 def build_roles(
-    cfg: JobConfig, mesh: Mesh, device: torch.device, needed: Sequence[str] | None = None
+    cfg: JobConfig,
+    mesh: Mesh,
+    device: torch.device,
+    needed: Sequence[str] | None = None,
+    sizes: Mapping[str, WanConfig] | None = None,
 ) -> dict[str, ModelBase]:
-    """`{role: model}` for every `[models.<role>]`, or those `needed`, sharded and with weights; a line for each."""
-    roles: dict[str, ModelBase] = {}
-    for role in cfg.models if needed is None else needed:
-        model = roles[role] = MODELS[cfg.models[role].name].build(cfg, role, mesh, device)
-        count = sum(p.numel() for p in model.transformer.parameters())
-        source = cfg.models[role].init_from or "random initialisation"
-        log(f"{role}: {cfg.models[role].name}, {count / 1e6:.2f} M parameters from {source}")
-    return roles
+    """`{role: model}` for every `[models.<role>]`, or those `needed`, sharded and with weights; a line for each. A role whose
+    network others share is built before them, whatever the order. With `sizes` by role they get no weights, for a plan."""
+    wanted = list(cfg.models if needed is None else needed)
+    bases = {role: cfg.models[role].share_base_with for role in wanted}
+    built: dict[str, ModelBase] = {}
+    for role in dict.fromkeys([*filter(None, bases.values()), *wanted]):
+        base = built.get(bases.get(role, ""))
+        family, size = MODELS[cfg.models[role].name], sizes[role] if sizes else None
+        model = built[role] = family.build(cfg, role, mesh, device, base, size)
+        log(f"{role}: {_describe(cfg, role, model)}")
+    return {role: built[role] for role in wanted}
+
+
+def _describe(cfg: JobConfig, role: str, model: ModelBase) -> str:
+    role_cfg = cfg.models[role]
+    source, name = role_cfg.init_from or "random initialisation", role_cfg.name
+    count = sum(p.numel() for p in base_parameters(model.transformer).values()) / 1e6
+    network = f"{name}, {count:.2f} M parameters from {source}"
+    if model.adapter is None:
+        return network
+    count = sum(p.numel() for p in model.trained_parameters().values()) / 1e6
+    base = f"{name} on the network of {role_cfg.share_base_with}" if role_cfg.share_base_with else network
+    return f"{base}, with an adapter of {count:.2f} M parameters (rank {role_cfg.lora.rank})"

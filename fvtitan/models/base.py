@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from fvtitan import flow_matching
+from fvtitan.components.lora import adapter_parameters
+from fvtitan.distributed.utils import reshard
 from fvtitan.flow_matching import ScheduleConfig
 from fvtitan.models.blocks import CausalConfig
 from fvtitan.models.kv_cache import KVCache
@@ -34,19 +36,45 @@ class Conditioning:
 
 
 class ModelBase(ABC):
-    """A role's network behind the interface that methods use. `transformer` is the module that is trained and sharded."""
+    """A role's network behind the interface that methods use. `transformer` is the module that is sharded and, but for an
+    adapter, trained; roles with adapters may share it."""
 
     latent_channels: int
     """Channels of the latents."""
 
-    def __init__(self, transformer: nn.Module, *, trainable: bool, schedule: ScheduleConfig, device: torch.device):
-        self.transformer = transformer.requires_grad_(trainable)
+    def __init__(
+        self,
+        transformer: nn.Module,
+        *,
+        trainable: bool,
+        schedule: ScheduleConfig,
+        device: torch.device,
+        adapter: str | None = None,
+    ):
+        self.transformer = transformer
         self.trainable = trainable
+        self.adapter = adapter
+        """The LoRA that is trained instead of the transformer."""
+        if adapter is None:
+            transformer.requires_grad_(trainable)
+        else:
+            for parameter in self.trained_parameters().values():
+                parameter.requires_grad_()
         self.schedule = schedule
         self.device = device
         self.uncond_embeds: Tensor | None = None
         self.identity = ""
-        """Hash of the weights a frozen role was loaded from."""
+        """Hash of the weights that a frozen role, or the base under an adapter, was loaded from."""
+
+    def trained_parameters(self) -> dict[str, nn.Parameter]:
+        """What this role trains, by name; an adapter's names do not tell whose it is. Sharded, and not gathered when this
+        returns: writes to them would be lost."""
+        reshard(self.transformer)
+        if not self.trainable:
+            return {}
+        if self.adapter is not None:
+            return adapter_parameters(self.transformer, self.adapter)
+        return {name: parameter for name, parameter in self.transformer.named_parameters() if parameter.requires_grad}
 
     @property
     def sizes(self) -> dict[str, Any]:

@@ -61,7 +61,7 @@ def digest(net, optimizer) -> dict[str, str]:
 def states_of(net, optimizer) -> dict:
     return {
         "roles.student.transformer": ModelState(net),
-        "optimizers.student": OptimizerState(net, optimizer),
+        "optimizers.student": OptimizerState(dict(net.named_parameters()), optimizer),
         "random_state": RandomState(),
     }
 

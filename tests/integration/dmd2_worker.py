@@ -53,11 +53,11 @@ def watch(folder: Path, *, gradients: tuple[int, ...] = (), nan: tuple[int, int,
 
     clip = utils.clip_grad_norm
 
-    def clip_grad_norm(modules, max_norm: float) -> Tensor:
-        named = {name: p.grad for module in modules for name, p in module.named_parameters() if p.grad is not None}
+    def clip_grad_norm(parameters, max_norm: float) -> Tensor:
+        named = {name: p.grad for name, p in parameters.items() if p.grad is not None}
         if now["step"] in gradients:
             keep(f"gradients.step-{now['step']}.{now['role']}", {**now, "gradients": gathered(named)})
-        return clip(modules, max_norm)
+        return clip(parameters, max_norm)
 
     SampleStreams.randn, DMD2Method.single_train_step = randn, single_train_step
     utils.clip_grad_norm = clip_grad_norm

@@ -172,13 +172,13 @@ def watch(
     if gradients:
         clip_globally = utils.clip_grad_norm
 
-        def clip_grad_norm(modules, max_norm: float) -> Tensor:
+        def clip_grad_norm(parameters, max_norm: float) -> Tensor:
             if now["step"] not in gradients:
-                return clip_globally(modules, max_norm)
-            named = {name: p.grad for module in modules for name, p in module.named_parameters() if p.grad is not None}
+                return clip_globally(parameters, max_norm)
+            named = {name: p.grad for name, p in parameters.items() if p.grad is not None}
             local_norm = torch.nn.utils.get_total_norm([utils.local_tensor(gradient) for gradient in named.values()])
             before = gathered(named)
-            norm = clip_globally(modules, max_norm)
+            norm = clip_globally(parameters, max_norm)
             record = {"step": now["step"], "rank": rank, "norm": float(norm), "local_norm": float(local_norm)}
             record |= {"offsets": {name: offset_of(gradient) for name, gradient in named.items()}}
             keep(f"gradients.step-{now['step']}", record | {"before": before, "after": gathered(named)})

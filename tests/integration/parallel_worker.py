@@ -121,9 +121,9 @@ def watch(folder: Path) -> None:
     """Record the whole gradients of every phase, before they are clipped."""
     rank, clip, phase = int(os.environ["RANK"]), utils.clip_grad_norm, iter(range(1000))
 
-    def clip_grad_norm(modules, max_norm: float) -> Tensor:
-        named = {name: p.grad for module in modules for name, p in module.named_parameters() if p.grad is not None}
+    def clip_grad_norm(parameters: dict[str, Tensor], max_norm: float) -> Tensor:
+        named = {name: p.grad for name, p in parameters.items() if p.grad is not None}
         torch.save({"gradients": gathered(named)}, folder / f"gradients.phase-{next(phase):03d}.rank{rank}.pt")
-        return clip(modules, max_norm)
+        return clip(parameters, max_norm)
 
     utils.clip_grad_norm = clip_grad_norm

@@ -81,13 +81,13 @@ def watch(folder: Path, *, gradients: tuple[int, ...] = (), probe: bool = False)
 
     clip = utils.clip_grad_norm
 
-    def clip_grad_norm(modules, max_norm: float) -> Tensor:
+    def clip_grad_norm(parameters, max_norm: float) -> Tensor:
         record = dict(now)
         if now["step"] in gradients:
-            named = {name: p.grad for module in modules for name, p in module.named_parameters() if p.grad is not None}
+            named = {name: p.grad for name, p in parameters.items() if p.grad is not None}
             record["gradients"] = gathered(named)
         torch.save(record, folder / f"phase.step-{now['step']}.{now['role']}.rank{rank}.pt")
-        return clip(modules, max_norm)
+        return clip(parameters, max_norm)
 
     SampleStreams.randn, utils.clip_grad_norm = randn, clip_grad_norm
     SelfForcingMethod.single_train_step, SelfForcingMethod.roll = single_train_step, rolling

@@ -57,7 +57,7 @@ def test_a_step_and_an_ema_swap_reach_a_gathered_student(student):
     """After a forward without gradient FSDP2 keeps the root gathered; writes must still change the output."""
     with torch.no_grad():
         before = student.predict_velocity(*inputs())
-    ema = EMA(student.transformer, EMAConfig(enable=True, decay=0.5))
+    ema = EMA(student, EMAConfig(enable=True, decay=0.5))
     optimizer = torch.optim.AdamW(student.transformer.parameters(), lr=1e-2)
     student.predict_velocity(*inputs()).square().mean().backward()
     with torch.no_grad():
@@ -104,7 +104,7 @@ def test_a_sharded_causal_student_streams(tmp_path, single_process_group, monkey
 @pytest.mark.parametrize("student", ["float32"], indirect=True)
 def test_ema_arithmetic(student):
     """e_n = d^n start + (1 - d) sum d^(n-j) theta_j; up to start_step the average is a copy."""
-    ema = EMA(student.transformer, EMAConfig(enable=True, decay=0.9, start_step=2))
+    ema = EMA(student, EMAConfig(enable=True, decay=0.9, start_step=2))
     name, parameter = next(iter(student.transformer.named_parameters()))
     expected = None
     for step in range(1, 8):

@@ -91,7 +91,10 @@ class Plain:
 
 
 def everything(net, optimizer, scheduler=None, **more):
-    states = {"roles.student.transformer": ModelState(net), "optimizers.student": OptimizerState(net, optimizer)}
+    states = {
+        "roles.student.transformer": ModelState(net),
+        "optimizers.student": OptimizerState(dict(net.named_parameters()), optimizer),
+    }
     if scheduler:
         states["schedulers.student"] = SchedulerState(scheduler)
     return states | more

@@ -178,7 +178,7 @@ def test_600_steps_are_120_600_and_80_updates(toys):
     method = oracles.walking_method(toys.cache, toys.folder, training__steps=600)
     assert method.cfg.method.student_update_interval == 5
     updates = {"student": 0, "critic": 0}
-    ema = EMA(method.student.transformer, EMAConfig(enable=True, start_step=200))
+    ema = EMA(method.student, EMAConfig(enable=True, start_step=200))
     for step in range(1, 601):
         for role in method.phases(step):
             updates[role] += 1

@@ -598,10 +598,10 @@ def slightly_noisy_level(patch) -> None:
 def keys_before_rope(patch) -> None:
     forward = network.SelfAttention.forward
 
-    def unturned(self, x, rope, mask, stream):
-        out = forward(self, x, rope, mask, stream)
+    def unturned(self, x, rope, mask, stream, *rest):
+        out = forward(self, x, rope, mask, stream, *rest)
         if stream is not None and stream.write is not None:
-            network.store(stream.layer.key, self.key_value(x)[0], stream.write)
+            network.store(stream.layer.key, self.key_value(x, None)[0], stream.write)
         return out
 
     patch.setattr(network.SelfAttention, "forward", unturned)

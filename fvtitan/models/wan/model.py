@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from fvtitan.components.lora import add_adapter, initialise_adapter
 from fvtitan.distributed.mesh import Mesh
 from fvtitan.distributed.parallelize import parallelize
 from fvtitan.distributed.utils import gathered
@@ -27,6 +28,32 @@ if TYPE_CHECKING:
     from fvtitan.data.latent_cache import LatentCache
 
 
+def build_transformer(
+    cfg: JobConfig, role: str, mesh: Mesh, device: torch.device, sizes: WanConfig | None = None
+) -> WanTransformer:
+    """Meta, with all adapters that lie on it -> parallelize -> storage for the local shards -> weights read (or drawn) straight
+    into them. With `sizes`, other than the role's own, it stays without weights."""
+    role_cfg, storage = cfg.models[role], getattr(torch, cfg.role_dtypes(role)[0])
+    with torch.device("meta"):
+        transformer = WanTransformer(sizes or weights.role_sizes(role_cfg, role)).to(storage)
+    if adapters := cfg.adapters_on(role):
+        transformer.requires_grad_(False)
+    for adapter in adapters:
+        add_adapter(transformer, adapter, cfg.models[adapter].lora)
+    parallelize(transformer, mesh, cfg, role)
+    transformer.to_empty(device="cpu" if role_cfg.cpu_offload else device)
+    if sizes:
+        return transformer
+    if role_cfg.init_from:
+        weights.load_weights(transformer, role_cfg, cfg, f"models.{role}")
+    else:
+        weights.initialise(transformer, cfg.training.seed, role)
+    weights.check_parameters(transformer, role, loaded=bool(role_cfg.init_from))
+    for adapter in adapters:
+        initialise_adapter(transformer, adapter, cfg.training.seed)
+    return transformer
+
+
 class WanModel(ModelBase):
     """Wan 2.1 text-to-video: full attention among all frames."""
 
@@ -39,29 +66,34 @@ class WanModel(ModelBase):
         self.reshard_after_forward = False  # not sharded
 
     @classmethod
-    def build(cls, cfg: JobConfig, role: str, mesh: Mesh, device: torch.device) -> WanModel:
-        """Meta -> parallelize -> storage for the local shards -> weights read (or drawn) straight into them."""
-        role_cfg = cfg.models[role]
-        sizes = weights.role_sizes(role_cfg, role)
-        storage, compute = (getattr(torch, name) for name in cfg.role_dtypes(role))
-        with torch.device("meta"):
-            transformer = WanTransformer(sizes).to(storage)
-        parallelize(transformer, mesh, cfg, role)
-        transformer.to_empty(device=device)
-        if weights.is_checkpoint(role_cfg.init_from):
-            weights.load_checkpoint(transformer, cfg, role)
-        elif role_cfg.init_from:
-            weights.load_pretrained(transformer, role_cfg.init_from)
-        else:
-            weights.initialise(transformer, cfg.training.seed, role)
-        weights.check_parameters(transformer, role, loaded=bool(role_cfg.init_from))
+    def build(
+        cls,
+        cfg: JobConfig,
+        role: str,
+        mesh: Mesh,
+        device: torch.device,
+        base: WanModel | None = None,
+        sizes: WanConfig | None = None,
+    ) -> WanModel:
+        """The role on a network of its own, or as an adapter on that of `base`; with `sizes` without weights, for a plan."""
+        role_cfg, dtype = cfg.models[role], getattr(torch, cfg.role_dtypes(role)[1])
+        transformer = base.transformer if base else build_transformer(cfg, role, mesh, device, sizes)
         model = cls(
-            transformer, role_cfg, trainable=role_cfg.trainable, schedule=cfg.schedule, device=device, dtype=compute
+            transformer,
+            role_cfg,
+            trainable=role_cfg.trainable,
+            schedule=cfg.schedule,
+            device=device,
+            dtype=dtype,
+            adapter=role if role_cfg.lora.rank else None,
         )
-        model.reshard_after_forward = cfg.role_parallelism(role).fsdp_reshard_after_forward
+        model.reshard_after_forward = cfg.role_parallelism(role_cfg.share_base_with or role).fsdp_reshard_after_forward
         if not role_cfg.trainable:
             transformer.eval()
-            model.identity = weights.weights_hash(role_cfg) if role_cfg.init_from else ""
+        if base:
+            model.identity = base.identity
+        elif role_cfg.init_from and not sizes and (not role_cfg.trainable or role_cfg.lora.rank):
+            model.identity = weights.weights_hash(role_cfg)
         return model
 
     @classmethod
@@ -109,7 +141,7 @@ class WanModel(ModelBase):
         return Conditioning(text=text.to(self.device, non_blocking=True))
 
     def predict_velocity(self, noisy: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
-        return _wide(self.transformer(noisy, sigma, cond.text))
+        return _wide(self.transformer(noisy, sigma, cond.text, adapter=self.adapter))
 
     def num_tokens(self, latent_shape: torch.Size) -> int:
         b, t, _, h, w = latent_shape
@@ -130,13 +162,15 @@ class WanCausalModel(WanModel, CausalModelBase):
         """Latent frames of the videos it was trained on; 0: unknown. Longer streams see their sink nearer."""
 
     @classmethod
-    def build(cls, cfg: JobConfig, role: str, mesh: Mesh, device: torch.device) -> WanModel:
+    def build(
+        cls, cfg: JobConfig, role: str, mesh: Mesh, device: torch.device, *network: WanModel | WanConfig | None
+    ) -> WanModel:
         role_cfg = cfg.models[role]
         if role_cfg.attention_backend == "flex" and role_cfg.trainable and device.type == "cpu":
             raise UserError(
                 f'models.{role}.attention_backend = "flex": FlexAttention has no backward on a CPU; use "sdpa" or "auto"'
             )
-        model = super().build(cfg, role, mesh, device)
+        model = super().build(cfg, role, mesh, device, *network)
         model.trained_frames = cfg.data.latent_size()[0]
         return model
 
@@ -145,13 +179,14 @@ class WanCausalModel(WanModel, CausalModelBase):
         return BlockCausal(causal.blocks(num_frames), causal.window, causal.sink, clean_context, self.backend)
 
     def predict_velocity(self, noisy: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
-        return _wide(self.transformer(noisy, sigma, cond.text, plan=self._plan(noisy.shape[1])))
+        plan = self._plan(noisy.shape[1])
+        return _wide(self.transformer(noisy, sigma, cond.text, plan=plan, adapter=self.adapter))
 
     def predict_velocity_with_context(
         self, noisy: Tensor, sigma: Tensor, clean: Tensor, clean_sigma: Tensor, cond: Conditioning
     ) -> Tensor:
-        plan = self._plan(noisy.shape[1], clean_context=True)
-        return _wide(self.transformer(noisy, sigma, cond.text, plan=plan, context=(clean, clean_sigma)))
+        plan, context = self._plan(noisy.shape[1], clean_context=True), (clean, clean_sigma)
+        return _wide(self.transformer(noisy, sigma, cond.text, plan=plan, context=context, adapter=self.adapter))
 
     def new_cache(self, latent_shape: Sequence[int], *, recycle: bool = False, first_frame: int = 0) -> KVCache:
         sizes, (batch, frames, _, height, width) = self.transformer.cfg, latent_shape
@@ -182,14 +217,16 @@ class WanCausalModel(WanModel, CausalModelBase):
     def predict_velocity_streaming(
         self, noisy_block: Tensor, sigma: Tensor, cond: Conditioning, cache: KVCache, start_frame: int
     ) -> Tensor:
-        return _wide(self.transformer(noisy_block, sigma, cond.text, cache=cache, start_frame=start_frame))
+        where = {"cache": cache, "start_frame": start_frame, "adapter": self.adapter}
+        return _wide(self.transformer(noisy_block, sigma, cond.text, **where))
 
     @torch.no_grad()
     def commit(
         self, block: Tensor, cond: Conditioning, cache: KVCache, start_frame: int, context_noise: float = 0.0
     ) -> None:
         sigma = torch.full(block.shape[:2], context_noise, device=block.device)
-        self.transformer(block.detach(), sigma, cond.text, cache=cache, start_frame=start_frame, commit=True)
+        where = {"cache": cache, "start_frame": start_frame, "adapter": self.adapter}
+        self.transformer(block.detach(), sigma, cond.text, **where, commit=True)
 
 
 def _wide(v: Tensor) -> Tensor:

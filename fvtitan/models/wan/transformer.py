@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from fvtitan.components.lora import linear
 from fvtitan.distributed.sequence_parallel import SequenceShard
 from fvtitan.flow_matching import NUM_TIMESTEPS
 from fvtitan.models.kv_cache import KVCache, LayerPass, store
@@ -122,13 +123,14 @@ class Attention(nn.Module):
         self.norm_q = RMSNorm(dim, eps)
         self.norm_k = RMSNorm(dim, eps)
 
-    def query(self, x: Tensor) -> Tensor:
+    def query(self, x: Tensor, adapter: str | None) -> Tensor:
         """`[B, S, dim]` -> `[B, S, heads, head_dim]`."""
-        return self.norm_q(self.q(x)).unflatten(-1, (self.num_heads, -1))
+        return self.norm_q(linear(self.q, x, adapter)).unflatten(-1, (self.num_heads, -1))
 
-    def key_value(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def key_value(self, x: Tensor, adapter: str | None) -> tuple[Tensor, Tensor]:
         """`[B, S, dim]` -> keys and values `[B, S, heads, head_dim]`."""
-        return self.norm_k(self.k(x)).unflatten(-1, (self.num_heads, -1)), self.v(x).unflatten(-1, (self.num_heads, -1))
+        k, v = self.norm_k(linear(self.k, x, adapter)), linear(self.v, x, adapter)
+        return k.unflatten(-1, (self.num_heads, -1)), v.unflatten(-1, (self.num_heads, -1))
 
 
 class SelfAttention(Attention):
@@ -141,8 +143,9 @@ class SelfAttention(Attention):
         mask: AttentionMask,
         stream: LayerPass | None,
         shard: SequenceShard | None,
+        adapter: str | None,
     ) -> Tensor:
-        q, (k, v) = apply_rope(self.query(x), rope), self.key_value(x)
+        q, (k, v) = apply_rope(self.query(x, adapter), rope), self.key_value(x, adapter)
         k = apply_rope(k, rope)
         if shard is not None:  # from here on all tokens, of this rank's heads
             q, k, v = shard.to_heads(q), shard.to_heads(k), shard.to_heads(v)
@@ -160,21 +163,32 @@ class SelfAttention(Attention):
         out = attend(q, k, v, mask)
         if shard is not None:
             out = shard.to_tokens(out)
-        return self.o(out.flatten(2))
+        return linear(self.o, out.flatten(2), adapter)
 
 
 class CrossAttention(Attention):
     """Attention of the video's tokens to the text."""
 
-    def forward(self, x: Tensor, text: Tensor, stream: LayerPass | None) -> Tensor:
+    def forward(self, x: Tensor, text: Tensor, stream: LayerPass | None, adapter: str | None) -> Tensor:
         if stream is not None and stream.text == "reuse":
             k, v = stream.layer.text_key, stream.layer.text_value
         else:
-            k, v = self.key_value(text)
+            k, v = self.key_value(text, adapter)
             if stream is not None and stream.text == "fill":
                 stream.layer.text_key.copy_(k)
                 stream.layer.text_value.copy_(v)
-        return self.o(attend(self.query(x), k, v).flatten(2))
+        return linear(self.o, attend(self.query(x, adapter), k, v).flatten(2), adapter)
+
+
+class FeedForward(nn.Sequential):
+    """`[B, S, dim]` -> `[B, S, dim]`."""
+
+    def __init__(self, dim: int, hidden: int):
+        super().__init__(nn.Linear(dim, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, dim))
+
+    def forward(self, x: Tensor, adapter: str | None) -> Tensor:
+        up, act, down = self
+        return linear(down, act(linear(up, x, adapter)), adapter)
 
 
 class Block(nn.Module):
@@ -186,9 +200,7 @@ class Block(nn.Module):
         self.self_attn = SelfAttention(cfg.dim, cfg.num_heads, cfg.eps)
         self.cross_attn = CrossAttention(cfg.dim, cfg.num_heads, cfg.eps)
         self.norm3 = nn.LayerNorm(cfg.dim, eps=cfg.eps) if cfg.cross_attn_norm else None
-        self.ffn = nn.Sequential(
-            nn.Linear(cfg.dim, cfg.ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(cfg.ffn_dim, cfg.dim)
-        )
+        self.ffn = FeedForward(cfg.dim, cfg.ffn_dim)
         self.modulation = nn.Parameter(torch.empty(1, 6, cfg.dim))
 
     def forward(
@@ -200,16 +212,17 @@ class Block(nn.Module):
         mask: AttentionMask = None,
         stream: LayerPass | None = None,
         shard: SequenceShard | None = None,
+        adapter: str | None = None,
     ) -> Tensor:
         """x `[B, S, dim]`, modulation `[B, T, 6, dim]` in at least float32, text `[B, L, dim]`. With `shard`, x and rope are
         this rank's tokens."""
         rows = self.modulation.to(modulation.dtype) + modulation
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = rows.unbind(2)  # each [B, T, dim]
         h = modulate(x, scale, shift, self.eps)
-        x = gated_residual(x, self.self_attn(h, rope, mask, stream, shard), gate)
-        x = x + self.cross_attn(self._cross_norm(x), text, stream)
+        x = gated_residual(x, self.self_attn(h, rope, mask, stream, shard, adapter), gate)
+        x = x + self.cross_attn(self._cross_norm(x), text, stream, adapter)
         h = modulate(x, ffn_scale, ffn_shift, self.eps)
-        return gated_residual(x, self.ffn(h), ffn_gate)
+        return gated_residual(x, self.ffn(h, adapter), ffn_gate)
 
     def _cross_norm(self, x: Tensor) -> Tensor:
         if self.norm3 is None:
@@ -263,12 +276,14 @@ class WanTransformer(nn.Module):
         cache: KVCache | None = None,
         start_frame: int = 0,
         commit: bool = False,
+        adapter: str | None = None,
     ) -> Tensor:
         """Velocity `[B, T, C, H, W]` of `latents [B, T, C, H, W]` at `sigma [B, T]` given `text [B, text_len, text_dim]`.
 
         Attention is full, or block-causal by `plan`; with `context` (clean latents and their sigma, of the same shapes) the
         plan's `clean_context` holds. With `cache` the latents are the block of a stream that begins at `start_frame`: it
-        sees the committed frames, and `commit` (without gradient) leaves its own keys and values there.
+        sees the committed frames, and `commit` (without gradient) leaves its own keys and values there. `adapter` names the
+        LoRA to go through; None: the network as it is.
 
         H and W must be multiples of the patch size. The result has the dtype of the computation.
         """
@@ -296,9 +311,9 @@ class WanTransformer(nn.Module):
         mask = prepare(plan, grid[1] * grid[2], x.device) if plan is not None else None
         for block, stream in zip(self.blocks, passes, strict=True):
             if self.checkpoint_blocks and torch.is_grad_enabled():
-                x = checkpoint(block, x, modulation, text, rope, mask, stream, shard, use_reentrant=False)
+                x = checkpoint(block, x, modulation, text, rope, mask, stream, shard, adapter, use_reentrant=False)
             else:
-                x = block(x, modulation, text, rope, mask, stream, shard)
+                x = block(x, modulation, text, rope, mask, stream, shard, adapter)
         if context is not None:
             x, embedding = x.chunk(2, dim=1)[1], embedding.chunk(2, dim=1)[1]
         x = self.head(x, embedding)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from fvtitan.components.checkpoint import Checkpointer, read_tensor_names, read_tensors
 from fvtitan.components.files import write_atomic
+from fvtitan.components.lora import base_parameters, merge_adapter
 from fvtitan.components.rng import generator
 from fvtitan.distributed.utils import local_rows, local_tensor, reshard
 from fvtitan.errors import UserError
@@ -79,10 +81,11 @@ def _open(path: Path) -> Any:
 
 @torch.no_grad()
 def load_pretrained(transformer: WanTransformer, init_from: str) -> None:
-    """Read a diffusers transformer into the (sharded) parameters; every rank reads only the rows that it holds."""
+    """Read a diffusers transformer into the (sharded) parameters, those of adapters aside; every rank reads only the rows that
+    it holds."""
     folder = transformer_folder(init_from)
     files = weight_files(folder)
-    parameters = dict(transformer.named_parameters())
+    parameters = base_parameters(transformer)
     names = diffusers_names(parameters)
     check_complete(names, files, str(folder))
     reshard(transformer)
@@ -111,12 +114,14 @@ def weights_hash(model: RoleConfig) -> str:
         return hashlib.sha256(manifest + checkpoint_state_name(model).encode()).hexdigest()
     folder = transformer_folder(model.init_from)
     paths = [folder / "config.json", *sorted(set(weight_files(folder).values()))]
-    hashes: list[dict[str, str]] = [{} for _ in range(dist.get_world_size())]
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     mine = {}
-    for path in paths[dist.get_rank() :: dist.get_world_size()]:
+    for path in paths[rank::world]:
         with path.open("rb") as file:
             mine[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
-    dist.all_gather_object(hashes, mine)
+    hashes = [mine] * world
+    if world > 1:
+        dist.all_gather_object(hashes, mine)
     everyone = sorted(item for part in hashes for item in part.items())
     return hashlib.sha256(json.dumps(everyone).encode()).hexdigest()
 
@@ -140,10 +145,20 @@ def read_pipeline(init_from: str) -> tuple[WanConfig, dict[str, Tensor]]:
 
 def read_checkpoint(folder: str | Path, role: str, *, raw: bool = False) -> tuple[WanConfig, dict[str, Tensor]]:
     """Sizes and full tensors of a role in a run's checkpoint `.../checkpoint/step-<N>`: its moving average where there is
-    one, unless `raw`."""
-    sizes = checkpoint_sizes(folder, role)
+    one, unless `raw`. Of a role that is an adapter, merged with its base, in float32."""
+    sizes, base = checkpoint_sizes(folder, role), adapter_base(folder, role)
     tensors = {} if raw else read_tensors(folder, f"ema.{role}")
-    return sizes, tensors or read_tensors(folder, f"roles.{role}.transformer")
+    tensors = tensors or read_tensors(folder, f"roles.{role}.transformer")
+    if base is None:
+        return sizes, tensors
+    if is_checkpoint(base.model.init_from):
+        raw = checkpoint_state_name(base.model).startswith("roles.")
+        _, whole = read_checkpoint(base.model.init_from, base.model.init_role, raw=raw)
+    else:
+        _, whole = read_pipeline(base.model.init_from)
+    whole = {name: tensor.float() for name, tensor in whole.items()}
+    merge_adapter(whole, tensors, base.scale)
+    return sizes, whole
 
 
 def is_checkpoint(init_from: str | Path) -> bool:
@@ -166,6 +181,40 @@ def checkpoint_sizes(folder: str | Path, role: str) -> WanConfig:
         raise UserError(f"{path} is damaged: {error!r}") from None
 
 
+@dataclass(frozen=True)
+class AdapterBase:
+    """What lies under an adapter: the role of its run whose weights these are, and the adapter's scale."""
+
+    model: RoleConfig
+    scale: float
+
+
+def adapter_base(folder: str | Path, role: str) -> AdapterBase | None:
+    """The base of a role in a run's checkpoint; None: the checkpoint holds all its weights. All ranks call it.
+
+    Raises `UserError` when the base is not where that run's configuration says, or is not what the adapter was trained on.
+    """
+    from fvtitan.config import read_toml
+
+    folder = Path(folder)
+    if not any(name.endswith(".lora_A") for name in read_tensor_names(folder, f"roles.{role}.transformer")):
+        return None
+    models = read_toml(folder / "config.toml").models
+    name = models[role].share_base_with or role
+    model, what = (
+        models[name],
+        f"{folder}: {role!r} is an adapter on models.{name}.init_from = {models[name].init_from!r}",
+    )
+    try:
+        identity = weights_hash(model)
+    except UserError as error:
+        raise UserError(f"{what}, which is needed and cannot be read (from here): {error}") from None
+    saved = json.loads((folder / "state.json").read_bytes())["states"][f"identity.{role}"]["sha256"]
+    if identity != saved:
+        raise UserError(f"{what}, whose weights have changed: trained on {saved[:12]}..., found {identity[:12]}...")
+    return AdapterBase(model, models[role].lora.scale)
+
+
 class _InPlace:
     """Parameters as a checkpoint reads them: straight into the shards."""
 
@@ -174,7 +223,7 @@ class _InPlace:
 
     def state_dict(self) -> dict[str, Any]:
         reshard(self.module)
-        return {name: parameter.detach() for name, parameter in self.module.named_parameters()}
+        return {name: parameter.detach() for name, parameter in base_parameters(self.module).items()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """They have been read."""
@@ -192,21 +241,34 @@ def checkpoint_state_name(model: RoleConfig) -> str:
     return f"roles.{model.init_role}.transformer" if raw else f"ema.{model.init_role}"
 
 
-def load_checkpoint(transformer: WanTransformer, cfg: JobConfig, role: str) -> None:
-    """Read a role of another run's checkpoint into the (sharded) parameters of `role`, as its config says.
+def load_weights(transformer: WanTransformer, model: RoleConfig, cfg: JobConfig, key: str) -> None:
+    """Read what `model.init_from` names into the (sharded) parameters, those of adapters aside; `key` is the config key of
+    `model`, for errors."""
+    if is_checkpoint(model.init_from):
+        load_checkpoint(transformer, model, cfg, key)
+    else:
+        load_pretrained(transformer, model.init_from)
+
+
+def load_checkpoint(transformer: WanTransformer, model: RoleConfig, cfg: JobConfig, key: str) -> None:
+    """Read a role of another run's checkpoint into the (sharded) parameters, as `model` says; an adapter is merged into its
+    base.
 
     Raises `UserError` when that run had another shift: what it learned at a timestep is not what this run asks for.
     """
     from fvtitan.config import read_toml
 
-    model = cfg.models[role]
     theirs = read_toml(Path(model.init_from) / "config.toml").schedule.shift
     if theirs != cfg.schedule.shift:
         raise UserError(
-            f"models.{role}.init_from = {model.init_from!r} was trained with schedule.shift = {theirs:g}, this run has "
+            f"{key}.init_from = {model.init_from!r} was trained with schedule.shift = {theirs:g}, this run has "
             f"{cfg.schedule.shift:g}: use the same"
         )
-    name = checkpoint_state_name(model)
+    name, base = checkpoint_state_name(model), adapter_base(model.init_from, model.init_role)
+    if base is not None:
+        load_weights(transformer, base.model, cfg, f"{key}.init_from = {model.init_from!r}: the base's")
+        merge_adapter(base_parameters(transformer), read_tensors(model.init_from, name), base.scale)
+        return
     checkpointer = Checkpointer(Path(cfg.job.dump_folder) / "checkpoint")
     try:
         checkpointer.load(model.init_from, {name: _InPlace(transformer)}, allow_unexpected=("",), allow_cast=True)
@@ -247,8 +309,8 @@ def initialise(transformer: WanTransformer, seed: int, role: str) -> None:
 
 
 def check_parameters(module: nn.Module, role: str, *, loaded: bool) -> None:
-    """No parameter may hold NaN or Inf, and no loaded matrix may be all zero, on any rank."""
-    parameters = dict(module.named_parameters())
+    """No parameter, those of adapters aside, may hold NaN or Inf, and no loaded matrix may be all zero, on any rank."""
+    parameters = base_parameters(module)
     shards = [local_tensor(parameter.detach()) for parameter in parameters.values()]
     flags = torch.stack([torch.stack([~shard.isfinite().all(), shard.any()]) for shard in shards]).float()
     dist.all_reduce(flags, op=dist.ReduceOp.MAX)
