@@ -8,7 +8,7 @@ Which test holds each of those defects; a test below sees that all of them exist
 |                                 | integration/test_exact.py::test_clipping_by_local_norms_would_show
 | a method that nothing runs      | integration/test_exact.py::test_every_recipe_trains
 | sharded EMA saved as replicated | integration/test_exact.py::test_stops_of_real_processes
-| LoRA gradients not reduced      | to come: there is no LoRA yet
+| LoRA gradients not reduced      | integration/test_lora.py::test_adapters_are_the_same_on_all_ranks
 | same noise on every data rank   | integration/test_exact.py::test_noise_belongs_to_samples
 | both DMD losses before a step   | to come: there is no DMD yet
 | EMA stepped with the critic     | integration/test_exact.py::test_the_average_counts_student_updates
@@ -790,7 +790,7 @@ def test_every_recipe_trains(recipes, name):
     assert list((folder / "validation/step-2/student").glob("*.mp4"))
     first, last = (read_checkpoint(folder / f"checkpoint/step-{step}") for step in (1, 2))
     moved = [name for name in first if name.startswith("roles.") and not torch.equal(first[name], last[name])]
-    assert len(moved) > 100
+    assert len(moved) >= 80  # of adapters, those of the critic
 
 
 def test_every_key_is_read_by_a_run(recipes):
