@@ -155,9 +155,11 @@ def main() -> None:
                         phase[name] = phase.get(name, 0.0) + value.detach() / accumulation
 
                 grad_norm = clip_grad_norm(method.get_grad_clip_targets(role), cfg.training.max_norm)
-                if not torch.isfinite(grad_norm):  # the norm is global: every rank sees it, none updates
+                # The norm is global: every rank sees it, none updates. The only host sync of an optimizer step.
+                if not torch.isfinite(grad_norm):
                     raise FloatingPointError(
-                        f"step {step}: the gradient norm of {role} is {float(grad_norm)}; its loss on rank {rank} is "
+                        method.not_finite(step)
+                        or f"step {step}: the gradient norm of {role} is {float(grad_norm)}; its loss on rank {rank} is "
                         f"{float(phase[f'loss/{role}'])}. Nothing was updated; samples: {batch['sample_ids']}"
                     )
                 values |= phase | {f"grad_norm/{role}": grad_norm, f"lr/{role}": optimizer.param_groups[0]["lr"]}

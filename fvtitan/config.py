@@ -323,8 +323,9 @@ class ParallelismSection:
 class ActivationCheckpointSection:
     """[activation_checkpoint]"""
 
-    mode: Literal["none", "full"] = "none"
-    """none keeps all activations; full keeps one tensor per block and recomputes the rest in backward."""
+    mode: Literal["none", "selective", "full"] = "none"
+    """none keeps all activations. full keeps one tensor a block, its input, and recomputes the rest in backward. selective
+    keeps the outputs of its two attentions too, the costly part of a long video's block: three tensors."""
 
 
 @dataclass
@@ -333,6 +334,14 @@ class CompileSection:
 
     enable: bool = False
     """Compile each transformer block in place with torch.compile."""
+    backend: Literal["inductor", "aot_eager", "eager"] = "inductor"
+    """inductor makes fast kernels; aot_eager and eager find out which part of the compiler is at fault."""
+
+    def check(self) -> None:
+        _require(
+            self.enable or self.backend == "inductor",
+            f"compile.backend = {self.backend!r} has no effect with compile.enable = false: remove it, or enable",
+        )
 
 
 @dataclass
@@ -470,6 +479,7 @@ class JobConfig:
             "data",
             "training",
             "ema",
+            "compile",
             "checkpoint",
             "validation",
             "metrics",

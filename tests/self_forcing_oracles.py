@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from fvtitan import samplers
 from fvtitan.components.rng import seed_global_generators
 from fvtitan.config import JobConfig
+from fvtitan.distributed.parallelize import apply_ac
 from fvtitan.methods.dmd2 import distribution_matching_loss
 from fvtitan.methods.self_forcing import Rollout, SelfForcingMethod
 from fvtitan.models.base import CausalModelBase
@@ -72,7 +73,7 @@ def wan_method(
     student = {"frames_per_block": 3, **(student or {})}
     cfg = config(cache, folder, frames, student, **method)
     networks = [copy.deepcopy(_network(seed, SIZES if seed == 0 else SCORE_SIZES)).to(dtype) for seed in range(3)]
-    networks[0].checkpoint_blocks = checkpointing
+    apply_ac(networks[0], "full" if checkpointing else "none")
     teacher = bidirectional_model(networks[1].requires_grad_(False))
     teacher.trainable = False
     roles = {"student": causal_model(networks[0], **student), "teacher": teacher}

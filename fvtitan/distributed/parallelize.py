@@ -3,12 +3,19 @@ in this order."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    SelectiveCheckpointContext,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 from fvtitan.distributed.mesh import Mesh
 from fvtitan.distributed.sequence_parallel import SequenceShard, check_heads
@@ -16,8 +23,10 @@ from fvtitan.distributed.sequence_parallel import SequenceShard, check_heads
 if TYPE_CHECKING:
     from fvtitan.config import JobConfig
 
-# Student, teacher, critic and their grad / no-grad variants each need graphs; Dynamo's default of 8 is too small.
-DYNAMO_RECOMPILE_LIMIT = 64
+# Roles share the graphs of one `Block.forward`. A streaming student has 3 for each length of its context (with and without
+# gradient, commit), validation's batch 2 more: 105 in all for the 21 blocks of one frame of a Wan video. Dynamo's default is 8.
+DYNAMO_RECOMPILE_LIMIT = 128
+KEPT_OPERATORS = frozenset({"flex_attention", "_c10d_functional::all_to_all_single"})
 
 
 def parallelize(transformer: nn.Module, mesh: Mesh, cfg: JobConfig, role: str) -> None:
@@ -26,7 +35,7 @@ def parallelize(transformer: nn.Module, mesh: Mesh, cfg: JobConfig, role: str) -
     apply_sequence_parallel(transformer, mesh.sequence, role)
     apply_ac(transformer, cfg.activation_checkpoint.mode)
     if cfg.compile.enable:
-        apply_compile(transformer)
+        apply_compile(transformer, cfg.compile.backend)
     apply_fsdp(transformer, mesh.parameters(role), cfg, role)
 
 
@@ -37,15 +46,48 @@ def apply_sequence_parallel(transformer: nn.Module, sequence: DeviceMesh, role: 
 
 
 def apply_ac(transformer: nn.Module, mode: str) -> None:
-    """full: the model recomputes each block in backward. A flag, not a wrapper, so no wrapper's name leaks."""
-    transformer.checkpoint_blocks = mode == "full"
+    """What each block recomputes in backward. none: nothing; full: everything; selective: everything but the outputs of its
+    attentions (`keep_attentions`). A function the block calls, not a wrapper, so no wrapper's name leaks."""
+    for block in transformer.blocks:
+        block.checkpoint = {"none": None, "selective": _checkpoint_selectively, "full": _checkpoint_fully}[mode]
 
 
-def apply_compile(transformer: nn.Module) -> None:
-    """Compile every block in place: identical blocks share graphs, and parameter names stay as they are."""
+def _checkpoint_fully(forward: Callable[..., Tensor], *args: Any) -> Tensor:
+    return checkpoint(forward, *args, use_reentrant=False)
+
+
+def _checkpoint_selectively(forward: Callable[..., Tensor], *args: Any) -> Tensor:
+    return checkpoint(forward, *args, use_reentrant=False, context_fn=_selective_contexts)
+
+
+def _selective_contexts() -> tuple[Any, Any]:
+    return create_selective_checkpoint_contexts(keep_attentions)
+
+
+def keep_attentions(context: SelectiveCheckpointContext, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    """Save what is dear to compute again and small to keep: attention, by whatever kernel, and sequence parallelism's
+    all-to-alls. Everything else is recomputed.
+
+    Without a kernel, attention is two batched products, which nothing else in a block is; the second, probabilities by
+    values, has no more columns than its first operand wherever keys are no fewer than a head's channels.
+    """
+    name = op.name()
+    if name == "aten::bmm":
+        keep = args[1].shape[-1] <= args[0].shape[-1]
+    else:
+        keep = name.startswith("aten::_scaled_dot_product_") or name in KEPT_OPERATORS
+    return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def apply_compile(transformer: nn.Module, backend: str | Callable[..., Any]) -> None:
+    """Compile every block in place: identical blocks share graphs, and parameter names stay as they are.
+
+    Graphs have static shapes. `fullgraph`: what cannot be compiled, or one graph more than the limit, is an error and not
+    silently run without.
+    """
     torch._dynamo.config.recompile_limit = DYNAMO_RECOMPILE_LIMIT
     for block in transformer.blocks:
-        block.compile(fullgraph=True)
+        block.compile(fullgraph=True, dynamic=False, backend=backend)
 
 
 def apply_fsdp(transformer: nn.Module, mesh: DeviceMesh, cfg: JobConfig, role: str) -> None:

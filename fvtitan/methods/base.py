@@ -135,6 +135,11 @@ class TrainingMethod(nn.Module, ABC):
     def single_train_step(self, batch: dict[str, Any], step: int, role: str) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss (0-d) and metrics of one micro-batch of one role's phase: the mean over the micro-batch's samples."""
 
+    def not_finite(self, step: int) -> str:
+        """Why the gradient of the phase that just ran is not finite, for the error of this rank; empty: unknown. Phases keep
+        what they see on the device, and it is read here alone: a host sync in every step would stall a GPU."""
+        return ""
+
     def get_grad_clip_targets(self, role: str) -> dict[str, nn.Parameter]:
         """The parameters, by name, whose gradients are clipped together after a phase."""
         return self.role_models[role].trained_parameters()
@@ -166,9 +171,12 @@ class TrainingMethod(nn.Module, ABC):
     def prompt_embeds(self, batch: dict[str, Any]) -> list[Tensor]:
         """The batch's prompts, some replaced by the unconditional one (caption dropout, anew on every pass)."""
         return [
-            self.student.uncond_embeds if self._drops_caption(int(index), int(sample_pass)) else prompt
+            self.student.uncond_embeds if self._drops_caption(index, sample_pass) else prompt
             for prompt, index, sample_pass in zip(
-                batch["prompt_embeds"], batch["sample_indices"], batch["sample_passes"], strict=True
+                batch["prompt_embeds"],
+                batch["sample_indices"].tolist(),
+                batch["sample_passes"].tolist(),
+                strict=True,
             )
         ]
 

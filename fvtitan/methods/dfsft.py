@@ -14,6 +14,7 @@ from fvtitan.flow_matching import NUM_TIMESTEPS
 from fvtitan.methods.base import MethodConfig, TrainingMethod, check_num_frames_per_block
 from fvtitan.methods.finetune import flow_matching_loss
 from fvtitan.models.base import CausalModelBase, Conditioning
+from fvtitan.models.blocks import per_frame
 from fvtitan.samplers import SamplerSpec
 
 if TYPE_CHECKING:
@@ -72,9 +73,7 @@ class DiffusionForcingSFTMethod(TrainingMethod):
 
     def draw_sigma(self, uniform: Tensor, blocks: tuple[int, ...]) -> Tensor:
         """Uniform draws `[B, blocks]` -> sigma `[B, T]`, one level per block."""
-        sizes = torch.tensor(blocks, device=uniform.device)
-        sigma = flow_matching.sample_sigma(uniform, self.cfg.schedule)
-        return sigma.repeat_interleave(sizes, dim=1, output_size=sum(blocks))
+        return per_frame(flow_matching.sample_sigma(uniform, self.cfg.schedule), blocks)
 
     @classmethod
     def sampler(cls, cfg: JobConfig) -> SamplerSpec:

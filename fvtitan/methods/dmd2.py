@@ -141,6 +141,8 @@ class DMD2Method(TrainingMethod):
         uncond = cfg.data.uncond_prompt if cfg.method.cfg_uncond == "data" else cfg.method.cfg_uncond
         self.uncond_embeds = self.data.negative_prompt_embeds if uncond == "negative" else self.data.empty_prompt_embeds
         self.watch = CollapseWatch()
+        self._phase: tuple[int, str] = (0, "")
+        self._finite: list[tuple[list[str], dict[str, Tensor]]] = []  # of its micro-batches: samples, flags by role
 
     @classmethod
     def needs_latents(cls, cfg: JobConfig) -> bool:
@@ -176,6 +178,8 @@ class DMD2Method(TrainingMethod):
     # ------------------------------------------------------------------------------------------------- phases
 
     def single_train_step(self, batch: dict[str, Any], step: int, role: str) -> tuple[Tensor, dict[str, Tensor]]:
+        if self._phase != (step, role):
+            self._phase, self._finite = (step, role), []
         return self.student_step(batch, step) if role == "student" else self.critic_step(batch, step)
 
     def student_step(self, batch: dict[str, Any], step: int) -> tuple[Tensor, dict[str, Tensor]]:
@@ -190,12 +194,12 @@ class DMD2Method(TrainingMethod):
     def score(
         self, generated: Tensor, prompts: list[Tensor], streams: SampleStreams, batch: dict[str, Any], step: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The distribution-matching gradient `[B, T, C, H, W]` of the student's videos, and what to log of it."""
-        self.require_finite(step, batch, {"student": generated})
+        """The distribution-matching gradient `[B, T, C, H, W]` of the student's videos, and what to log of it. The whole of it
+        is NaN when any video holds NaN or Inf."""
         sigma, noisy = self.noise_for_scores(generated, streams)
         fake = self.critic.predict_x0(noisy, sigma, self.critic.conditioning(prompts))
         real, conditional = self.teacher_x0(noisy, sigma, prompts)
-        self.require_finite(step, batch, {"critic": fake, "teacher": real})
+        finite = self.watch_finite(batch, {"student": generated, "critic": fake, "teacher": real})
         metrics = {
             "dmd/student_real_distance": (generated - real).abs().mean(),
             "dmd/critic_error_ratio": (generated - fake).square().mean() / (generated - conditional).square().mean(),
@@ -204,24 +208,29 @@ class DMD2Method(TrainingMethod):
             metrics["dmd/variance_to_teacher"] = generated.var() / real.var()
             if generated.shape[1] > 1:
                 metrics["dmd/motion_to_teacher"] = motion_energy(generated) / motion_energy(real)
-        return distribution_matching_gradient(generated, real, fake), metrics
+        return distribution_matching_gradient(generated, real, fake).where(finite, torch.nan), metrics
 
-    def require_finite(self, step: int, batch: dict[str, Any], videos: dict[str, Tensor]) -> None:
-        """Raise `FloatingPointError` naming the roles whose videos hold NaN or Inf, before they are used. One host sync."""
-        finite = torch.stack([video.isfinite().all() for video in videos.values()]).tolist()
-        bad = [role for role, good in zip(videos, finite, strict=True) if not good]
-        if bad:
-            raise FloatingPointError(
-                f"step {step}: not finite: the videos of the {' and the '.join(bad)}; nothing was updated; samples: "
-                f"{batch['sample_ids']}"
-            )
+    def watch_finite(self, batch: dict[str, Any], videos: dict[str, Tensor]) -> Tensor:
+        """Whether the videos of all roles hold neither NaN nor Inf, a 0-d bool; kept by role for `not_finite`."""
+        flags = {role: video.isfinite().all() for role, video in videos.items()}
+        self._finite.append((batch["sample_ids"], flags))
+        return torch.stack(list(flags.values())).all()
+
+    def not_finite(self, step: int) -> str:
+        """Names the roles whose videos held NaN or Inf: the student, or who could not judge its sound videos."""
+        for samples, flags in self._finite:
+            bad = [role for role, flag in flags.items() if not flag]
+            if bad:
+                roles = "student" if "student" in bad else " and the ".join(bad)
+                return f"step {step}: not finite: the videos of the {roles}; nothing was updated; samples: {samples}"
+        return ""
 
     def critic_step(self, batch: dict[str, Any], step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Flow-matching loss of the critic on videos of the student as it is now."""
         streams, prompts = self.streams(batch, step, "critic"), self.prompt_embeds(batch)
         with torch.no_grad():
             generated = self.generate(batch, prompts, streams, step, "critic")
-        self.require_finite(step, batch, {"student": generated})
+        self.watch_finite(batch, {"student": generated})
         sigma, noisy = self.noise_for_scores(generated, streams)
         prediction = self.critic.predict_velocity(noisy, sigma, self.critic.conditioning(prompts))
         target = flow_matching.velocity(generated, streams.randn("score_noise", *generated.shape[1:]))

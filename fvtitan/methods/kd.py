@@ -22,6 +22,7 @@ from fvtitan.errors import UserError
 from fvtitan.flow_matching import NUM_TIMESTEPS
 from fvtitan.methods.base import MethodConfig, TrainingMethod, check_no_heldout_loss, check_num_frames_per_block
 from fvtitan.models.base import CausalModelBase, ModelBase
+from fvtitan.models.blocks import per_frame
 from fvtitan.samplers import SamplerSpec
 
 if TYPE_CHECKING:
@@ -238,8 +239,7 @@ class KDCausalMethod(KDMethod):
         """Which state each frame is taken from, `[B, T]`, one a block."""
         blocks = self.student.causal.blocks(num_frames)
         uniform = self.streams(batch, step, role).rand("rung", len(blocks))
-        sizes = torch.tensor(blocks, device=uniform.device)
-        return (uniform * len(self.sigmas)).long().repeat_interleave(sizes, dim=1, output_size=num_frames)
+        return per_frame((uniform * len(self.sigmas)).long(), blocks)
 
     def predict_x0(self, noisy: Tensor, sigma: Tensor, x0: Tensor, batch: dict[str, Any]) -> Tensor:
         if not self.cfg.method.teacher_forcing:

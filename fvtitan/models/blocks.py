@@ -5,7 +5,11 @@ The attention mask, the noise levels of diffusion forcing, rollouts, samplers, t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+import torch
+from torch import Tensor
 
 from fvtitan.errors import UserError
 
@@ -27,6 +31,13 @@ def partition(num_frames: int, frames_per_block: int, independent_first_frame: b
             + " or ".join(f"{n} ({4 * n - 3} video frames)" for n in nearest)
         )
     return (1,) * first + (frames_per_block,) * blocks
+
+
+def per_frame(values: Tensor, blocks: Sequence[int]) -> Tensor:
+    """`[B, blocks]` -> `[B, T]`: each frame has its block's value. (`repeat_interleave` wants the sizes on the device, and
+    copying them there would wait for it.)"""
+    columns = values.split(1, dim=1)
+    return torch.cat([column.expand(-1, size) for column, size in zip(columns, blocks, strict=True)], dim=1)
 
 
 def block_starts(blocks: tuple[int, ...]) -> list[tuple[int, int]]:

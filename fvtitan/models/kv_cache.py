@@ -6,6 +6,7 @@ and values; it never writes into a tensor of a graph. All positions are Python i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,12 +28,17 @@ class LayerCache:
 
 @dataclass(frozen=True)
 class LayerPass:
-    """What one streaming pass of one layer reads and writes. Ranges are in tokens of the buffer."""
+    """What one streaming pass of one layer reads and writes: views of its buffers, `[B, tokens, heads, head_dim]` each. Where
+    they lie in the buffer is no number here, so blocks with contexts of the same sizes share a compiled graph."""
 
-    layer: LayerCache
-    context: Runs
-    write: Runs | None
-    """Where this pass leaves its own keys and values; None: nowhere."""
+    keys: tuple[Tensor, ...]
+    """Keys and values of the context, range by range."""
+    values: tuple[Tensor, ...]
+    write_keys: tuple[Tensor, ...]
+    """Where this pass leaves its own keys and values; empty: nowhere."""
+    write_values: tuple[Tensor, ...]
+    text_key: Tensor
+    text_value: Tensor
     text: str
     """"compute": keys and values of the text from the embedding, as a pass with gradient must; "fill": and keep them;
     "reuse": take the kept ones."""
@@ -42,12 +48,14 @@ class LayerPass:
     """The rotation for that; the network makes it."""
 
 
-def store(buffer: Tensor, fresh: Tensor, runs: Runs) -> None:
-    """Write `fresh [B, S, ...]` into the ranges of `buffer`'s dimension 1, in their order."""
-    offset = 0
-    for low, high in runs:
-        buffer[:, low:high] = fresh[:, offset : offset + high - low]
-        offset += high - low
+def store(ranges: Sequence[Tensor], fresh: Tensor) -> None:
+    """Write `fresh [B, S, ...]` into the ranges of a buffer, in their order."""
+    for target, part in zip(ranges, fresh.split([target.shape[1] for target in ranges], dim=1), strict=True):
+        target.copy_(part)
+
+
+def _ranges(buffer: Tensor, runs: Runs) -> tuple[Tensor, ...]:
+    return tuple(buffer[:, low:high] for low, high in runs)
 
 
 class KVCache:
@@ -91,6 +99,9 @@ class KVCache:
 
         video, text = (self.num_slots * tokens_per_frame, num_heads // num_shards), (text_len, num_heads)
         self.layers = [LayerCache(empty(*video), empty(*video), empty(*text), empty(*text)) for _ in range(num_layers)]
+        # Passes read through `.data`, which has a version counter of its own: a graph that saved a slot stays valid while
+        # other slots are written.
+        self._reading = [LayerCache(*(tensor.data for tensor in vars(layer).values())) for layer in self.layers]
         self.reset()
 
     def holds(self, num_frames: int) -> bool:
@@ -136,7 +147,7 @@ class KVCache:
         shift = self._sink_shift(earlier, start - self.first_frame, end - self.first_frame)
         shifted = tuple((low + self.first_frame, high + self.first_frame) for low, high in earlier)
         context = self._tokens(shifted)
-        slots = self._tokens(((start, end),)) if write else None
+        slots = self._tokens(((start, end),)) if write else ()
         if torch.is_grad_enabled():
             text = "compute"
         else:
@@ -144,7 +155,19 @@ class KVCache:
         if write:
             assert not torch.is_grad_enabled(), "only a pass without gradient may write into the cache"
             self.end = end
-        return [LayerPass(layer, context, slots, text, shift) for layer in self.layers]
+        return [
+            LayerPass(
+                keys=_ranges(read.key, context),
+                values=_ranges(read.value, context),
+                write_keys=_ranges(layer.key, slots),
+                write_values=_ranges(layer.value, slots),
+                text_key=layer.text_key,
+                text_value=layer.text_value,
+                text=text,
+                sink_shift=shift,
+            )
+            for layer, read in zip(self.layers, self._reading, strict=True)
+        ]
 
     def _sink_shift(self, earlier: Runs, start: int, end: int) -> int:
         sink = self.causal.sink

@@ -14,7 +14,7 @@ import torch
 from fvtitan.components.metrics import read_metrics
 from fvtitan.components.rng import generator
 from fvtitan.config import load_config
-from fvtitan.distributed.mesh import build_mesh
+from fvtitan.distributed.mesh import Mesh
 from fvtitan.distributed.utils import local_tensor
 from fvtitan.errors import UserError
 from fvtitan.generate import load_model
@@ -256,7 +256,7 @@ def velocity(model, seed: int = 0) -> torch.Tensor:
 
 def student_of(arguments: list[str]):
     cfg = load_config(arguments)
-    return cfg, build_roles(cfg, build_mesh(cfg, "cpu"), torch.device("cpu"))["student"]
+    return cfg, build_roles(cfg, Mesh(cfg, "cpu"), torch.device("cpu"))["student"]
 
 
 @pytest.mark.parametrize("raw", [True, False])

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from fvtitan.distributed.parallelize import apply_ac
 from fvtitan.errors import UserError
 from fvtitan.models.base import Conditioning
 from fvtitan.models.blocks import block_starts, partition
@@ -470,22 +471,22 @@ def close(actual, expected, tolerance):
 
 
 @pytest.mark.parametrize("later", [False, True])
-@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("mode", ["none", "selective", "full"])
 @pytest.mark.parametrize("keys", [{}, {"local_attn_frames": 6, "sink_frames": 1}])
-def test_gradients_stop_at_the_cache(keys, checkpointed, later):
+def test_gradients_stop_at_the_cache(keys, mode, later):
     """A streaming pass writes nothing, and its gradients are those of the masked forward in which keys and values of the
     earlier, clean block are constants."""
     model = causal_model(random_transformer(), **keys)
     x, sigma, text = inputs(batch=2)
     weight = torch.randn(2, 3, 16, 6, 10, generator=torch.Generator().manual_seed(3))
-    model.transformer.checkpoint_blocks = checkpointed
+    apply_ac(model.transformer, mode)
     actual = streaming_gradients(model, x, sigma, text, weight, later=later)
     assert len(actual) == len(list(model.transformer.parameters()))
     for layer in range(SMALL.num_layers):  # the text's keys are computed anew under gradient, though the cache has them
         for part in ("k.weight", "v.weight", "norm_k.weight"):
             assert actual[f"blocks.{layer}.cross_attn.{part}"].norm() > 1e-3
 
-    model.transformer.checkpoint_blocks = False
+    apply_ac(model.transformer, "none")
     clean = torch.cat([torch.zeros(2, 3), sigma[:, 3:6]], dim=1)
 
     def full():
@@ -519,11 +520,12 @@ def test_checkpointing_changes_no_gradient_of_the_masked_forward():
     model, (x, sigma, text) = causal_model(random_transformer()), inputs()
     weight = torch.randn(x.shape, generator=torch.Generator().manual_seed(3))
     gradients = {}
-    for checkpointed in (False, True):
-        model.transformer.checkpoint_blocks = checkpointed
+    for mode in ("none", "selective", "full"):
+        apply_ac(model.transformer, mode)
         cond = Conditioning(text)
         forcing = parameter_gradients(model, model.predict_velocity(x, sigma, cond), weight)
         out = model.predict_velocity_with_context(x, sigma, x, 0 * sigma, cond)
-        gradients[checkpointed] = forcing, parameter_gradients(model, out, weight)
-    for a, b in zip(gradients[True], gradients[False], strict=True):
-        assert all(torch.equal(a[name], b[name]) for name in b)
+        gradients[mode] = forcing, parameter_gradients(model, out, weight)
+    for mode in ("selective", "full"):
+        for a, b in zip(gradients[mode], gradients["none"], strict=True):
+            assert all(torch.equal(a[name], b[name]) for name in b)

@@ -28,7 +28,7 @@ from fvtitan.components.optimizer import OptimizerConfig, build_optimizer
 from fvtitan.components.rng import generator
 from fvtitan.config import JobConfig, load_config
 from fvtitan.data.dataloader import BatchStream
-from fvtitan.distributed.mesh import build_mesh
+from fvtitan.distributed.mesh import Mesh
 from fvtitan.distributed.utils import local_tensor
 from fvtitan.errors import UserError
 from fvtitan.methods import METHODS
@@ -55,7 +55,7 @@ OWN = {"lora": LORA}
 
 
 def built(cfg: JobConfig, needed: list[str] | None = None) -> dict[str, ModelBase]:
-    return build_roles(cfg, build_mesh(cfg, "cpu"), torch.device("cpu"), needed)
+    return build_roles(cfg, Mesh(cfg, "cpu"), torch.device("cpu"), needed)
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fvtitan import flow_matching as fm
-from fvtitan.distributed.parallelize import DYNAMO_RECOMPILE_LIMIT
+from fvtitan.distributed.parallelize import apply_ac, apply_compile
 from fvtitan.models.base import Conditioning
 from fvtitan.models.blocks import block_starts
 from fvtitan.samplers import SamplerSpec, num_forwards, sample, stream
@@ -256,13 +256,12 @@ def test_compiled_blocks_equal_eager_ones_and_make_no_new_graphs():
     arguments = [(noise, cond), (noise.flip(1), uncond), (noise.flip(2), cond)]
     # AOT autograd is slow on the long graph of the masked forward, and what it adds is writes into the cache.
     for run, backend in ((rollout, "aot_eager"), (streamed, "aot_eager"), (forcing, "eager")):
-        model.transformer.checkpoint_blocks = run is rollout
+        apply_ac(model.transformer, "full" if run is rollout else "none")
         counter, graphs = CompileCounterWithBackend(backend), []
         expected = [run(*pair) for pair in arguments]
         assert (expected[0][0] - expected[1][0]).abs().max() > 1e-3
-        with torch._dynamo.config.patch(recompile_limit=DYNAMO_RECOMPILE_LIMIT):
-            for block in model.transformer.blocks:
-                block.compile(fullgraph=True, backend=counter)
+        with torch._dynamo.config.patch(recompile_limit=None):  # apply_compile sets it
+            apply_compile(model.transformer, counter)
             for pair, values in zip(arguments, expected, strict=True):
                 for a, b in zip(run(*pair), values, strict=True):
                     assert (a - b).norm() <= 1e-5 * b.norm() + 1e-7

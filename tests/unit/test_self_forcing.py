@@ -20,6 +20,7 @@ from fvtitan import samplers
 from fvtitan.components.rng import fold
 from fvtitan.errors import UserError
 from fvtitan.methods.self_forcing import SelfForcingMethod
+from fvtitan.models import kv_cache
 from fvtitan.models.base import Conditioning
 from fvtitan.models.kv_cache import KVCache
 from fvtitan.models.wan import transformer as network
@@ -502,6 +503,7 @@ def graph_in_cache(patch) -> None:
     passes = KVCache.passes
 
     def passing(self, start, end, *, write):
+        self._reading = self.layers
         with torch.no_grad():
             found = passes(self, start, end, write=write)
         return [dataclasses.replace(p, text="compute") if torch.is_grad_enabled() else p for p in found]
@@ -511,6 +513,7 @@ def graph_in_cache(patch) -> None:
         self.student.transformer(block, sigma, cond.text, cache=cache, start_frame=start, commit=True)
 
     patch.setattr(KVCache, "passes", passing)
+    patch.setattr(kv_cache, "_ranges", torch.enable_grad()(kv_cache._ranges))
     patch.setattr(SelfForcingMethod, "commit", commit)
 
 
@@ -567,10 +570,16 @@ def no_context_pass_after_the_first(patch) -> None:
 
 
 def wrong_slot(patch) -> None:
-    store = network.store
-    patch.setattr(
-        network, "store", lambda buffer, fresh, runs: store(buffer, fresh, tuple((0, b - a) for a, b in runs))
-    )
+    passes = KVCache.passes
+
+    def passing(self, start, end, *, write):
+        found, size = passes(self, start, end, write=write), (end - start) * self.tokens_per_frame
+        if not write:
+            return found
+        slots = [{"write_keys": (c.key[:, :size],), "write_values": (c.value[:, :size],)} for c in self.layers]
+        return [dataclasses.replace(p, **slot) for p, slot in zip(found, slots, strict=True)]
+
+    patch.setattr(KVCache, "passes", passing)
 
 
 def noisy_context(patch) -> None:
@@ -600,8 +609,8 @@ def keys_before_rope(patch) -> None:
 
     def unturned(self, x, rope, mask, stream, *rest):
         out = forward(self, x, rope, mask, stream, *rest)
-        if stream is not None and stream.write is not None:
-            network.store(stream.layer.key, self.key_value(x, None)[0], stream.write)
+        if stream is not None and stream.write_keys:
+            network.store(stream.write_keys, self.key_value(x, None)[0])
         return out
 
     patch.setattr(network.SelfAttention, "forward", unturned)

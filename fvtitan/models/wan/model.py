@@ -133,7 +133,11 @@ class WanModel(ModelBase):
 
     def conditioning(self, prompt_embeds: Sequence[Tensor]) -> Conditioning:
         sizes = self.transformer.cfg
-        text = torch.zeros(len(prompt_embeds), sizes.text_len, sizes.text_dim, dtype=prompt_embeds[0].dtype)
+        text = torch.zeros(
+            (len(prompt_embeds), sizes.text_len, sizes.text_dim),
+            dtype=prompt_embeds[0].dtype,
+            pin_memory=self.device.type == "cuda",  # else the copy below would wait for the device
+        )
         for row, embeds in zip(text, prompt_embeds, strict=True):
             if embeds.shape[0] > sizes.text_len:
                 raise UserError(f"a prompt of {embeds.shape[0]} tokens exceeds the model's text_len {sizes.text_len}")

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from fvtitan.components.lora import linear
 from fvtitan.distributed.sequence_parallel import SequenceShard
@@ -150,16 +149,16 @@ class SelfAttention(Attention):
         if shard is not None:  # from here on all tokens, of this rank's heads
             q, k, v = shard.to_heads(q), shard.to_heads(k), shard.to_heads(v)
         if stream is not None:
-            fresh_k, fresh_v, layer = k, v, stream.layer
-            if stream.context:  # copies: nothing of the graph points into the cache
-                keys = [layer.key[:, low:high] for low, high in stream.context]
+            fresh_k, fresh_v = k, v
+            if stream.keys:  # copies: nothing of the graph points into the cache
+                sink, *rest = stream.keys
                 if stream.sink_rope is not None:
-                    keys[0] = apply_rope(keys[0], stream.sink_rope)
-                k = torch.cat([*keys, k], dim=1)
-                v = torch.cat([*(layer.value[:, low:high] for low, high in stream.context), v], dim=1)
-            if stream.write is not None:
-                store(layer.key, fresh_k, stream.write)
-                store(layer.value, fresh_v, stream.write)
+                    sink = apply_rope(sink, stream.sink_rope)
+                k = torch.cat([sink, *rest, k], dim=1)
+                v = torch.cat([*stream.values, v], dim=1)
+            if stream.write_keys:
+                store(stream.write_keys, fresh_k)
+                store(stream.write_values, fresh_v)
         out = attend(q, k, v, mask)
         if shard is not None:
             out = shard.to_tokens(out)
@@ -171,12 +170,12 @@ class CrossAttention(Attention):
 
     def forward(self, x: Tensor, text: Tensor, stream: LayerPass | None, adapter: str | None) -> Tensor:
         if stream is not None and stream.text == "reuse":
-            k, v = stream.layer.text_key, stream.layer.text_value
+            k, v = stream.text_key, stream.text_value
         else:
             k, v = self.key_value(text, adapter)
             if stream is not None and stream.text == "fill":
-                stream.layer.text_key.copy_(k)
-                stream.layer.text_value.copy_(v)
+                stream.text_key.copy_(k)
+                stream.text_value.copy_(v)
         return linear(self.o, attend(self.query(x, adapter), k, v).flatten(2), adapter)
 
 
@@ -202,6 +201,9 @@ class Block(nn.Module):
         self.norm3 = nn.LayerNorm(cfg.dim, eps=cfg.eps) if cfg.cross_attn_norm else None
         self.ffn = FeedForward(cfg.dim, cfg.ffn_dim)
         self.modulation = nn.Parameter(torch.empty(1, 6, cfg.dim))
+        self.checkpoint: Callable[..., Tensor] | None = (
+            None  # set by parallelize.apply_ac; no wrapper, so names stay clean
+        )
 
     def forward(
         self,
@@ -216,6 +218,22 @@ class Block(nn.Module):
     ) -> Tensor:
         """x `[B, S, dim]`, modulation `[B, T, 6, dim]` in at least float32, text `[B, L, dim]`. With `shard`, x and rope are
         this rank's tokens."""
+        # In here and not around the module: inside of what is compiled, and FSDP2's hooks do not run again in backward.
+        if self.checkpoint is not None and torch.is_grad_enabled():
+            return self.checkpoint(self._forward, x, modulation, text, rope, mask, stream, shard, adapter)
+        return self._forward(x, modulation, text, rope, mask, stream, shard, adapter)
+
+    def _forward(
+        self,
+        x: Tensor,
+        modulation: Tensor,
+        text: Tensor,
+        rope: tuple[Tensor, Tensor],
+        mask: AttentionMask,
+        stream: LayerPass | None,
+        shard: SequenceShard | None,
+        adapter: str | None,
+    ) -> Tensor:
         rows = self.modulation.to(modulation.dtype) + modulation
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = rows.unbind(2)  # each [B, T, dim]
         h = modulate(x, scale, shift, self.eps)
@@ -253,7 +271,6 @@ class WanTransformer(nn.Module):
     def __init__(self, cfg: WanConfig):
         super().__init__()
         self.cfg = cfg
-        self.checkpoint_blocks = False  # set by parallelize.apply_ac; no wrapper, so names stay clean
         self.sequence_shard: SequenceShard | None = None  # set by parallelize.apply_sequence_parallel
         dim = cfg.dim
         # Conv3d with kernel = stride = patch is a linear map of flattened patches; adapter.py reshapes the weight.
@@ -310,10 +327,7 @@ class WanTransformer(nn.Module):
         text = self.embed_text(text.to(compute), cache)
         mask = prepare(plan, grid[1] * grid[2], x.device) if plan is not None else None
         for block, stream in zip(self.blocks, passes, strict=True):
-            if self.checkpoint_blocks and torch.is_grad_enabled():
-                x = checkpoint(block, x, modulation, text, rope, mask, stream, shard, adapter, use_reentrant=False)
-            else:
-                x = block(x, modulation, text, rope, mask, stream, shard, adapter)
+            x = block(x, modulation, text, rope, mask, stream, shard, adapter)
         if context is not None:
             x, embedding = x.chunk(2, dim=1)[1], embedding.chunk(2, dim=1)[1]
         x = self.head(x, embedding)
