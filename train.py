@@ -58,7 +58,6 @@ def main() -> None:
         if cfg.training.deterministic:
             torch.use_deterministic_algorithms(True)
         kernels = at_exit.enter_context(pinned_kernels(cfg.training.deterministic))
-        log(f"attention kernels, the first that can: {kernels}")
         gc.disable()  # collected every training.gc_freq steps, on all ranks together
 
         # ----------------------------------------------------------------------------------------------- data
@@ -72,6 +71,7 @@ def main() -> None:
         if method.description():
             log(method.description())
         student = method.student.transformer
+        log(f"attention: {method.student.attention_kernel(cfg)}, the first that can of {kernels}")
 
         # ------------------------------------------------------------------------ loader, EMA, what is saved
         batches = BatchStream(

@@ -19,7 +19,7 @@ from fvtitan.flow_matching import ScheduleConfig
 from fvtitan.models.base import CausalModelBase, Conditioning, ModelBase
 from fvtitan.models.kv_cache import KVCache
 from fvtitan.models.wan import weights
-from fvtitan.models.wan.attention import BlockCausal
+from fvtitan.models.wan.attention import BlockCausal, chosen_kernel
 from fvtitan.models.wan.transformer import WanConfig, WanTransformer
 
 if TYPE_CHECKING:
@@ -88,6 +88,11 @@ class WanModel(ModelBase):
     def sizes(self) -> dict[str, Any]:
         return dataclasses.asdict(self.transformer.cfg)
 
+    def attention_kernel(self, cfg: JobConfig) -> str:
+        sizes, batch, (t, h, w) = self.transformer.cfg, cfg.training.local_batch_size, cfg.data.latent_size()
+        tokens = self.num_tokens(torch.Size((1, t, self.latent_channels, h, w)))
+        return chosen_kernel((batch, tokens, sizes.num_heads, sizes.head_dim), self.dtype, self.device)
+
     def check_cache(self, cfg: JobConfig, cache: LatentCache) -> None:
         sizes, sample = self.transformer.cfg, cache[0]
         width = sample["prompt_embeds"].shape[1]
@@ -139,6 +144,10 @@ class WanCausalModel(WanModel, CausalModelBase):
         model = super().build(cfg, role, mesh, device)
         model.trained_frames = cfg.data.latent_size()[0]
         return model
+
+    def attention_kernel(self, cfg: JobConfig) -> str:
+        kernel = super().attention_kernel(cfg)
+        return f"flex over whole videos, {kernel} in streams" if self.backend == "flex" else kernel
 
     def _plan(self, num_frames: int, clean_context: bool = False) -> BlockCausal:
         causal = self.causal
