@@ -37,6 +37,7 @@ from fvtitan.distributed.utils import (
     reshard,
 )
 from fvtitan.errors import cli
+from fvtitan.flops import phase_flops
 from fvtitan.methods import METHODS
 from fvtitan.models import build_roles
 from fvtitan.models.wan.attention import pinned_kernels
@@ -131,6 +132,8 @@ def main() -> None:
             enable_tensorboard=cfg.metrics.enable_tensorboard,
             enable_wandb=cfg.metrics.enable_wandb,
             device=device,
+            num_devices=world_size,
+            peak_tflops=cfg.metrics.peak_tflops,
         )
         at_exit.callback(metrics.close)
         metrics.add_text("config", f"```toml\n{cfg.to_toml()}```", train_state.step)
@@ -138,6 +141,7 @@ def main() -> None:
 
         # ------------------------------------------------------------------------------------- the train loop
         accumulation = batches.accumulation
+        network_sizes = {role: model.transformer.cfg for role, model in roles.items()}
         values: dict[str, torch.Tensor | float] = {}  # the newest of every role since the last logged step
         for step in range(first_step, cfg.training.steps + 1):
             if step % cfg.training.gc_freq == 0:
@@ -167,6 +171,9 @@ def main() -> None:
                 method.lr_schedulers[role].step()
                 if ema is not None and role == "student":
                     ema.update(step)
+                passes = method.passes(cfg, role, method.exit_rungs(step, role))
+                flops = phase_flops(cfg, passes, network_sizes, *method.latent_shape(batch)[-2:])
+                metrics.meter.count_flops(flops * batches.sampler.global_batch_size)
             train_state.step = step
 
             tokens = method.student.num_tokens(method.latent_shape(batch))
