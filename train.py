@@ -37,6 +37,7 @@ from fvtitan.distributed.utils import (
     reshard,
 )
 from fvtitan.errors import cli
+from fvtitan.flops import phase_flops
 from fvtitan.methods import METHODS
 from fvtitan.models import build_roles
 from fvtitan.models.wan.attention import pinned_kernels
@@ -58,7 +59,6 @@ def main() -> None:
         if cfg.training.deterministic:
             torch.use_deterministic_algorithms(True)
         kernels = at_exit.enter_context(pinned_kernels(cfg.training.deterministic))
-        log(f"attention kernels, the first that can: {kernels}")
         gc.disable()  # collected every training.gc_freq steps, on all ranks together
 
         # ----------------------------------------------------------------------------------------------- data
@@ -71,6 +71,7 @@ def main() -> None:
         method.on_train_start()
         if method.description():
             log(method.description())
+        log(f"attention: {method.student.attention_kernel(cfg)}, the first that can of {kernels}")
 
         # ------------------------------------------------------------------------ loader, EMA, what is saved
         batches = BatchStream(
@@ -130,6 +131,8 @@ def main() -> None:
             enable_tensorboard=cfg.metrics.enable_tensorboard,
             enable_wandb=cfg.metrics.enable_wandb,
             device=device,
+            num_devices=world_size,
+            peak_tflops=cfg.metrics.peak_tflops,
         )
         at_exit.callback(metrics.close)
         metrics.add_text("config", f"```toml\n{cfg.to_toml()}```", train_state.step)
@@ -137,6 +140,7 @@ def main() -> None:
 
         # ------------------------------------------------------------------------------------- the train loop
         accumulation = batches.accumulation
+        network_sizes = {role: model.transformer.cfg for role, model in roles.items()}
         values: dict[str, torch.Tensor | float] = {}  # the newest of every role since the last logged step
         for step in range(first_step, cfg.training.steps + 1):
             if step % cfg.training.gc_freq == 0:
@@ -168,6 +172,9 @@ def main() -> None:
                 method.lr_schedulers[role].step()
                 if ema is not None and role == "student":
                     ema.update(step)
+                passes = method.passes(cfg, role, method.exit_rungs(step, role))
+                flops = phase_flops(cfg, passes, network_sizes, *method.latent_shape(batch)[-2:])
+                metrics.meter.count_flops(flops * batches.sampler.global_batch_size)
             train_state.step = step
 
             tokens = method.student.num_tokens(method.latent_shape(batch))

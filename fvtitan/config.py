@@ -424,9 +424,16 @@ class MetricsSection:
     """Write TensorBoard events into <dump_folder>/tensorboard."""
     enable_wandb: bool = False
     """Log to Weights & Biases too (pip install wandb; the key comes from the environment)."""
+    peak_tflops: float = 0.0
+    """TFLOP/s of a device that perf/mfu and perf/hfu are shares of; 0: by the GPU's name, dense bfloat16. On a device that is
+    not known there are none."""
 
     def check(self) -> None:
         _require(self.log_freq >= 1, f"metrics.log_freq = {self.log_freq}: must be >= 1")
+        _require(
+            self.peak_tflops >= 0,
+            f"metrics.peak_tflops = {self.peak_tflops}: must be > 0, or 0 to go by the GPU's name",
+        )
 
 
 @dataclass

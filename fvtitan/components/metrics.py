@@ -19,28 +19,35 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from fvtitan.components.files import write_atomic
 from fvtitan.components.visualise import gif_bytes
+from fvtitan.distributed.utils import max_over_ranks
 from fvtitan.errors import UserError
+from fvtitan.flops import PhaseFlops, device_rates, peak_tflops
 
 logger = logging.getLogger(__name__)
 
 _CONSOLE_GROUPS = ("loss", "grad_norm", "lr")
+_WORST = ("perf/peak_memory_gib", "perf/data_wait")
 
 
 class ThroughputMeter:
-    """Rates since the last reading. `waiting()` marks time spent on data, `excluded()` work that is not training."""
+    """Rates since the last reading. `waiting()` marks time spent on data, `excluded()` work that is not training.
+    `peak`: TFLOP/s of one of the job's devices; 0: by its name."""
 
-    def __init__(self, device: torch.device | str = "cpu") -> None:
-        self.device = torch.device(device)
+    def __init__(self, device: torch.device | str = "cpu", num_devices: int = 1, peak: float = 0.0) -> None:
+        self.device, self.num_devices = torch.device(device), num_devices
+        self.peak_tflops = peak or peak_tflops(self.device)
         self._seconds_per_step: float | None = None
         self._restart()
 
     def _restart(self) -> None:
         self._start = time.perf_counter()
         self._clips = self._tokens = self._steps = 0
+        self._flops = PhaseFlops()
         self._waited = self._excluded = 0.0
 
     def count(self, *, clips: int, tokens: int = 0) -> None:
@@ -48,6 +55,10 @@ class ThroughputMeter:
         self._clips += clips
         self._tokens += tokens
         self._steps += 1
+
+    def count_flops(self, flops: PhaseFlops) -> None:
+        """One phase of a step did these FLOPs, in the whole job."""
+        self._flops += flops
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -79,6 +90,8 @@ class ThroughputMeter:
                 "perf/data_wait": min(self._waited / elapsed, 1.0),
                 "perf/step_seconds": step,
             }
+            if self._flops.model:
+                values |= device_rates(self._flops, elapsed, self.num_devices, self.peak_tflops)
             # Smoothed, and re-based on the first reading after the slow start-up interval.
             first = self._seconds_per_step is None or step < self._seconds_per_step / 2
             self._seconds_per_step = step if first else 0.8 * self._seconds_per_step + 0.2 * step
@@ -98,7 +111,7 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 class MetricLogger:
-    """Writes the values of a run into `folder` (the dump folder); does nothing on ranks other than 0.
+    """Writes the values of a run into `folder` (the dump folder), on rank 0; memory and data wait are those of the worst rank.
 
     `resume_step` is the step of the checkpoint that training continues from (0 = from the start): later records, which
     a killed run may have left, are taken out of `metrics.jsonl` and TensorBoard, so that no step appears twice.
@@ -117,6 +130,8 @@ class MetricLogger:
         enable_tensorboard: bool = True,
         enable_wandb: bool = False,
         device: torch.device | str = "cpu",
+        num_devices: int = 1,
+        peak_tflops: float = 0.0,
         config: Mapping[str, Any] | None = None,
     ) -> None:
         if log_freq < 1:
@@ -124,7 +139,7 @@ class MetricLogger:
         self.folder, self.rank = Path(folder), rank
         self.log_freq, self.total_steps = log_freq, total_steps
         self.first_step = resume_step + 1
-        self.meter = ThroughputMeter(device)
+        self.meter = ThroughputMeter(device, num_devices, peak_tflops)
         self._file = self._writer = self._wandb = None
         self._last: tuple[dict[str, Any], int] | None = None  # the newest record and where its line begins
         if enable_wandb:
@@ -150,13 +165,17 @@ class MetricLogger:
         return step in (self.first_step, self.total_steps) or step % self.log_freq == 0
 
     def log_step(self, step: int, values: Mapping[str, float | Tensor]) -> None:
-        """Log one training step with throughput and a console line; nothing at all happens unless the step is `due`.
+        """Log one training step with throughput and a console line; nothing at all happens unless the step is `due`. All ranks
+        call it.
 
         values: keys `group/role` such as `loss/student`, `grad_norm/critic`, `lr/student`.
         """
         if not self.due(step):
             return
         performance = self.meter.read()
+        if dist.is_initialized():
+            own = {name: performance[name] for name in _WORST if name in performance}
+            performance |= max_over_ranks(own, self.meter.device)
         if self.rank == 0:
             numbers = _numbers(values)
             self._write(step, numbers | performance)
@@ -228,6 +247,10 @@ class MetricLogger:
             parts.append(f"clips/s {_rate(performance['perf/clips_per_second'])}")
             if performance["perf/tokens_per_second"]:
                 parts.append(f"tokens/s {_rate(performance['perf/tokens_per_second'])}")
+            if "perf/tflops_per_device" in performance:
+                parts.append(f"TFLOP/s {performance['perf/tflops_per_device']:.3g}")
+            if "perf/mfu" in performance:
+                parts.append(f"mfu {100 * performance['perf/mfu']:.1f}%")
             parts.append(f"data {100 * performance['perf/data_wait']:.1f}%")
         parts.append(f"mem {performance['perf/peak_memory_gib']:.2f}GiB")
         eta = self.meter.eta_seconds(self.total_steps - step)

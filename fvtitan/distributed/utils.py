@@ -118,10 +118,19 @@ def clip_grad_norm(parameters: Mapping[str, nn.Parameter], max_norm: float) -> T
 
 def mean_over_ranks(values: dict[str, Tensor | float], device: torch.device) -> dict[str, float]:
     """Average every value over all ranks, in one collective; the keys must be the same everywhere."""
+    return {key: total / dist.get_world_size() for key, total in _reduced(values, device, dist.ReduceOp.SUM).items()}
+
+
+def max_over_ranks(values: dict[str, Tensor | float], device: torch.device) -> dict[str, float]:
+    """The largest of every value over all ranks, in one collective; the keys must be the same everywhere."""
+    return _reduced(values, device, dist.ReduceOp.MAX)
+
+
+def _reduced(values: dict[str, Tensor | float], device: torch.device, op: dist.ReduceOp) -> dict[str, float]:
     keys = sorted(values)
     stacked = torch.stack([torch.as_tensor(values[key], dtype=torch.float64, device="cpu") for key in keys]).to(device)
-    dist.all_reduce(stacked)
-    return dict(zip(keys, (stacked / dist.get_world_size()).tolist(), strict=True))
+    dist.all_reduce(stacked, op=op)
+    return dict(zip(keys, stacked.tolist(), strict=True))
 
 
 def on_rank_zero(action: Callable[[], Any]) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -24,6 +25,7 @@ from fvtitan.components.rng import SampleStreams, fold
 from fvtitan.components.stateful import Identity
 from fvtitan.data.latent_cache import LatentCache
 from fvtitan.errors import UserError
+from fvtitan.methods.passes import Pass
 from fvtitan.models.base import Conditioning, ModelBase
 from fvtitan.samplers import SamplerSpec
 
@@ -130,6 +132,16 @@ class TrainingMethod(nn.Module, ABC):
     def total_updates(self, role: str) -> int:
         """How often the run updates a role: the length of its learning-rate schedule."""
         return sum(role in self.phases(step) for step in range(1, self.cfg.training.steps + 1))
+
+    @classmethod
+    def passes(cls, cfg: JobConfig, role: str, rungs: Sequence[int] | None = None) -> list[Pass]:
+        """What a role's phase runs, for one sample: exactly where `rungs`, as `exit_rungs` draws them, are given; else on
+        average. Empty: not known, then no FLOPs are reported."""
+        return []
+
+    def exit_rungs(self, step: int, role: str) -> list[int]:
+        """The rungs at which the rollouts of a phase leave the student's ladder; empty: it has none."""
+        return []
 
     @abstractmethod
     def single_train_step(self, batch: dict[str, Any], step: int, role: str) -> tuple[Tensor, dict[str, Tensor]]:

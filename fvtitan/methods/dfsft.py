@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -13,6 +14,7 @@ from fvtitan.errors import UserError
 from fvtitan.flow_matching import NUM_TIMESTEPS
 from fvtitan.methods.base import MethodConfig, TrainingMethod, check_num_frames_per_block
 from fvtitan.methods.finetune import flow_matching_loss
+from fvtitan.methods.passes import Pass
 from fvtitan.models.base import CausalModelBase, Conditioning
 from fvtitan.models.blocks import per_frame
 from fvtitan.samplers import SamplerSpec
@@ -52,6 +54,11 @@ class DiffusionForcingSFTMethod(TrainingMethod):
     Config = DiffusionForcingSFTConfig
     student_model: ClassVar[str] = "wan_causal"
     student: CausalModelBase
+
+    @classmethod
+    def passes(cls, cfg: JobConfig, role: str, rungs: Sequence[int] | None = None) -> list[Pass]:
+        attention = "clean_context" if cfg.method.teacher_forcing else "block_causal"
+        return [Pass(role, cfg.data.latent_size()[0], gradient=True, attention=attention)]
 
     def single_train_step(self, batch: dict[str, Any], step: int, role: str) -> tuple[Tensor, dict[str, Tensor]]:
         method = self.cfg.method

@@ -7,6 +7,7 @@ is that difference. The critic trains on the student's videos by flow matching, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -21,6 +22,7 @@ from fvtitan.errors import UserError
 from fvtitan.flow_matching import NUM_TIMESTEPS
 from fvtitan.methods.base import MethodConfig, TrainingMethod, check_no_heldout_loss
 from fvtitan.methods.finetune import flow_matching_loss
+from fvtitan.methods.passes import Pass, expected
 from fvtitan.methods.watch import CollapseWatch
 from fvtitan.models.base import Conditioning, ModelBase
 from fvtitan.samplers import SamplerSpec, guide, level, renoise
@@ -174,6 +176,35 @@ class DMD2Method(TrainingMethod):
             return super().latent_shape(batch)
         frames, height, width = self.cfg.data.latent_size()
         return torch.Size((len(batch["positions"]), frames, self.student.latent_channels, height, width))
+
+    # ------------------------------------------------------------------------------------------------- passes
+
+    @classmethod
+    def passes(cls, cfg: JobConfig, role: str, rungs: Sequence[int] | None = None) -> list[Pass]:
+        if rungs is None:
+            return expected([cls.passes(cfg, role, drawn) for drawn in cls.possible_exits(cfg)])
+        method, frames = cfg.method, cfg.data.latent_size()[0]
+        rollout = [p for p in cls.rollout_passes(cfg, role, rungs) if p.num_forwards]
+        if role == "critic":
+            return [*rollout, Pass("critic", frames, gradient=True)]
+        branches = 1 if method.teacher_guidance_scale == 1 else 2
+        teacher = Pass("teacher", frames, (float(branches),))
+        if method.batched_guidance:
+            teacher = Pass("teacher", frames, batch=branches)
+        return [*rollout, Pass("critic", frames), teacher]
+
+    @classmethod
+    def possible_exits(cls, cfg: JobConfig) -> list[list[int]]:
+        """Values of `exit_rungs`, equally likely, that have its mean."""
+        return [[rung] for rung in range(len(cfg.method.denoising_steps))]
+
+    @classmethod
+    def rollout_passes(cls, cfg: JobConfig, role: str, rungs: Sequence[int]) -> list[Pass]:
+        """What `generate` runs in a role's phase."""
+        frames, before = cfg.data.latent_size()[0], float(rungs[0]) if cfg.method.rollout == "simulate" else 0.0
+        if role == "critic":
+            return [Pass("student", frames, (before + 1,))]
+        return [Pass("student", frames, (before,)), Pass("student", frames, gradient=True)]
 
     # ------------------------------------------------------------------------------------------------- phases
 

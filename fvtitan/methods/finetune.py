@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from fvtitan import flow_matching
 from fvtitan.errors import UserError
 from fvtitan.methods.base import MethodConfig, TrainingMethod
+from fvtitan.methods.passes import Pass
 
 if TYPE_CHECKING:
     from fvtitan.config import JobConfig
@@ -43,6 +45,10 @@ class FineTuneMethod(TrainingMethod):
     """One noise level per sample, the same for all its frames; regress the velocity `eps - x0`."""
 
     Config = FineTuneConfig
+
+    @classmethod
+    def passes(cls, cfg: JobConfig, role: str, rungs: Sequence[int] | None = None) -> list[Pass]:
+        return [Pass(role, cfg.data.latent_size()[0], gradient=True)]
 
     def single_train_step(self, batch: dict[str, Any], step: int, role: str) -> tuple[Tensor, dict[str, Tensor]]:
         x0 = batch["latents"].to(self.device, torch.float32, non_blocking=True)  # [B, T, C, H, W]

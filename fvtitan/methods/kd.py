@@ -8,6 +8,7 @@ Self-Forcing, arXiv:2506.08009); with an autoregressive teacher, Causal-Forcing 
 from __future__ import annotations
 
 import gc
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -21,6 +22,7 @@ from fvtitan.distributed.utils import on_rank_zero
 from fvtitan.errors import UserError
 from fvtitan.flow_matching import NUM_TIMESTEPS
 from fvtitan.methods.base import MethodConfig, TrainingMethod, check_no_heldout_loss, check_num_frames_per_block
+from fvtitan.methods.passes import Pass
 from fvtitan.models.base import CausalModelBase, ModelBase
 from fvtitan.models.blocks import per_frame
 from fvtitan.samplers import SamplerSpec
@@ -186,6 +188,10 @@ class KDMethod(TrainingMethod):
         have = on_rank_zero(lambda: num_complete(Path(method.teacher_path_cache), method.num_trajectories))
         return [role for role in cfg.models if role != "teacher" or have < method.num_trajectories]
 
+    @classmethod
+    def passes(cls, cfg: JobConfig, role: str, rungs: Sequence[int] | None = None) -> list[Pass]:
+        return [Pass(role, cfg.data.latent_size()[0], gradient=True)]
+
     def on_train_start(self) -> None:
         """Fill the cache when it is incomplete; then the teacher leaves memory."""
         from fvtitan.trajectories import prepare_trajectories
@@ -228,6 +234,11 @@ class KDCausalMethod(KDMethod):
     Config = KDCausalConfig
     student_model: ClassVar[str] = "wan_causal"
     student: CausalModelBase
+
+    @classmethod
+    def passes(cls, cfg: JobConfig, role: str, rungs: Sequence[int] | None = None) -> list[Pass]:
+        attention = "clean_context" if cfg.method.teacher_forcing else "block_causal"
+        return [Pass(role, cfg.data.latent_size()[0], gradient=True, attention=attention)]
 
     @classmethod
     def sampler(cls, cfg: JobConfig) -> SamplerSpec:

@@ -8,7 +8,7 @@ have no graph.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -21,6 +21,7 @@ from fvtitan.errors import UserError
 from fvtitan.flow_matching import NUM_TIMESTEPS
 from fvtitan.methods.base import check_num_frames_per_block
 from fvtitan.methods.dmd2 import DMD2Config, DMD2Method, distribution_matching_loss
+from fvtitan.methods.passes import Pass
 from fvtitan.models.base import CausalModelBase, Conditioning, ModelBase
 from fvtitan.models.blocks import block_starts
 from fvtitan.models.kv_cache import KVCache
@@ -98,6 +99,27 @@ class SelfForcingConfig(DMD2Config):
             )
 
 
+def rollout_lengths(cfg: JobConfig) -> range:
+    """Latent frames that rollouts may have, equally likely."""
+    frames, longest = cfg.data.latent_size()[0], (cfg.method.max_num_frames - 1) // 4 + 1
+    return range(frames, max(longest, frames) + 1, cfg.models["student"].frames_per_block)
+
+
+def masked_frames(cfg: JobConfig, length: int) -> int:
+    """Frames at the start of the scored part of a rollout that get no gradient. The first latent frame of a video holds one
+    picture, where that of a later part holds four: teacher and critic, who have only seen videos from the start, misjudge
+    it, and its block with it."""
+    start = length - cfg.data.latent_size()[0]
+    if not start:
+        return 0
+    return next(end for _, end in block_starts(cfg.models["student"].causal().blocks(length)) if end > start) - start
+
+
+def first_gradient_frame(cfg: JobConfig, length: int, masked: int) -> int:
+    """Blocks of a rollout that begin before it have no graph."""
+    return max(cfg.method.start_gradient_frame, length - cfg.data.latent_size()[0] + masked)
+
+
 @dataclass(frozen=True)
 class Exit:
     """The last forward of a block: what went in."""
@@ -142,6 +164,33 @@ class SelfForcingMethod(DMD2Method):
             streaming=True,
             context_noise=method.context_noise / NUM_TIMESTEPS,
         )
+
+    # ------------------------------------------------------------------------------------------------- passes
+
+    @classmethod
+    def possible_exits(cls, cfg: JobConfig) -> list[list[int]]:
+        count, blocks = len(cfg.method.denoising_steps), cfg.models["student"].causal().blocks
+        rungs = [count - 1] if cfg.method.last_step_only else range(count)
+        return [[rung] * len(blocks(length)) for length in rollout_lengths(cfg) for rung in rungs]
+
+    @classmethod
+    def rollout_passes(cls, cfg: JobConfig, role: str, rungs: Sequence[int]) -> list[Pass]:
+        """Every block walks to its exit and leaves there; all but the last are committed. Replayed, those with gradient
+        leave twice."""
+        causal = cfg.models["student"].causal()
+        frames = next(length for length in rollout_lengths(cfg) if len(causal.blocks(length)) == len(rungs))
+        first = frames if role == "critic" else first_gradient_frame(cfg, frames, masked_frames(cfg, frames))
+        gradient = [float(start >= first) for start, _ in block_starts(causal.blocks(frames))]
+        direct = cfg.method.gradient_mode == "direct"
+        walked = [
+            rung + (1.0 - with_graph if direct else 1.0) for rung, with_graph in zip(rungs, gradient, strict=True)
+        ]
+        without = (*(count + 1 for count in walked[:-1]), walked[-1])
+        stream = functools.partial(Pass, "student", frames, attention="streaming")
+        return [
+            stream(without, texts=1.0 if any(without) else 0.0),  # the cache keeps the text
+            stream(tuple(gradient), gradient=True, texts=sum(gradient)),
+        ]
 
     # ------------------------------------------------------------------------------------------------- phases
 
@@ -233,8 +282,7 @@ class SelfForcingMethod(DMD2Method):
         return torch.Size((b, self._num_frames(step, role), *rest))
 
     def _num_frames(self, step: int, role: str) -> int:
-        frames, longest = self.cfg.data.latent_size()[0], (self.cfg.method.max_num_frames - 1) // 4 + 1
-        lengths = range(frames, max(longest, frames) + 1, self.student.causal.frames_per_block)
+        lengths = rollout_lengths(self.cfg)
         return lengths[fold(self.cfg.training.seed, step, role, "length") % len(lengths)]
 
     def scored(self, video: Tensor) -> Tensor:
@@ -249,19 +297,11 @@ class SelfForcingMethod(DMD2Method):
         return torch.cat([first, video[:, video.shape[1] - rest :]], dim=1)
 
     def masked_frames(self, step: int, role: str) -> int:
-        """Frames at the start of the scored part that get no gradient. The first latent frame of a video holds one picture,
-        where that of a later part holds four: teacher and critic, who have only seen videos from the start, misjudge it, and
-        its block with it."""
-        total, frames = self._num_frames(step, role), self.cfg.data.latent_size()[0]
-        start = total - frames
-        if not start:
-            return 0
-        return next(end for _, end in block_starts(self.student.causal.blocks(total)) if end > start) - start
+        return masked_frames(self.cfg, self._num_frames(step, role))
 
     def first_gradient_frame(self, step: int, role: str) -> int:
         """Blocks that begin before it have no graph."""
-        unscored = self._num_frames(step, role) - self.cfg.data.latent_size()[0]
-        return max(self.cfg.method.start_gradient_frame, unscored + self.masked_frames(step, role))
+        return first_gradient_frame(self.cfg, self._num_frames(step, role), self.masked_frames(step, role))
 
     def exit_rungs(self, step: int, role: str) -> list[int]:
         method, blocks = self.cfg.method, self.student.causal.blocks(self._num_frames(step, role))

@@ -28,7 +28,7 @@ def build_roles(
     sizes: Mapping[str, WanConfig] | None = None,
 ) -> dict[str, ModelBase]:
     """`{role: model}` for every `[models.<role>]`, or those `needed`, sharded and with weights; a line for each. A role whose
-    network others share is built before them, whatever the order. With `sizes` by role they get no weights, for a plan."""
+    network others share is built before them, whatever the order. With `sizes` by role they stay on meta, for a plan."""
     wanted = list(cfg.models if needed is None else needed)
     bases = {role: cfg.models[role].share_base_with for role in wanted}
     built: dict[str, ModelBase] = {}

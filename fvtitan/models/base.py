@@ -81,6 +81,10 @@ class ModelBase(ABC):
         """What rebuilds the network, as JSON."""
         return {}
 
+    def attention_kernel(self, cfg: JobConfig) -> str:
+        """What computes self-attention in this process, for a micro-batch of `cfg`, in words; empty: not known."""
+        return ""
+
     def init_preprocessors(self, cfg: JobConfig, cache: LatentCache) -> None:
         """Take the unconditional prompt's embedding from the cache and check that the cache fits the network."""
         negative = cfg.data.uncond_prompt == "negative"

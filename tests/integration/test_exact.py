@@ -36,6 +36,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import os
 import re
 import sys
 import typing
@@ -50,16 +51,18 @@ from torch import Tensor
 
 from fvtitan import flow_matching, samplers
 from fvtitan.components.checkpoint import Checkpointer, TrainState
-from fvtitan.components.metrics import read_metrics
+from fvtitan.components.metrics import ThroughputMeter, read_metrics
 from fvtitan.components.rng import generator
 from fvtitan.components.validation import Validator
 from fvtitan.config import JobConfig, RoleConfig, load_config, read_toml
 from fvtitan.data.dataloader import BatchStream, GlobalBatchSampler
 from fvtitan.data.latent_cache import LatentCache
 from fvtitan.distributed.mesh import Mesh
+from fvtitan.flops import forward_flops
 from fvtitan.methods import METHODS
 from fvtitan.methods.base import MethodConfig
 from fvtitan.methods.finetune import FineTuneConfig, FineTuneMethod
+from fvtitan.methods.passes import Pass
 from fvtitan.models import build_roles
 from fvtitan.models.wan import weights
 from fvtitan.models.wan.model import WanModel
@@ -274,6 +277,26 @@ def test_a_logged_value_is_the_jobs(two_ranks):
     logged = {row["step"]: row["grad_norm/student"] for row in values_of(two_ranks.folder)}
     for step, record in two_ranks.gradients().items():
         assert logged[step] == pytest.approx(record["norm"], rel=1e-6) and record["local_norm"] < 0.95 * record["norm"]
+
+
+def uneven_ranks(folder: Path) -> None:
+    """Makes rank 1 wait longer and hold more memory."""
+    rank, read = int(os.environ["RANK"]), ThroughputMeter.read
+    own = {"perf/data_wait": (0.25, 0.75)[rank], "perf/peak_memory_gib": (1.0, 2.0)[rank]}
+    ThroughputMeter.read = lambda self: read(self) | own
+
+
+def test_logged_performance_is_that_of_the_worst_rank(cache, start, tmp_path):
+    """And rates are of the whole job, FLOPs a device."""
+    keys = {"training__steps": 1, "training__global_batch_size": 8, "metrics__peak_tflops": 0.5}
+    arguments = arguments_of(start, cache, tmp_path / "run", **keys, checkpoint__enable=False)
+    assert launch(2, arguments, tmp_path / "ranks", watcher=uneven_ranks) == [0, 0], output(tmp_path / "ranks")
+    (row,) = read_metrics(tmp_path / "run/metrics.jsonl")
+    assert row["perf/data_wait"] == 0.75 and row["perf/peak_memory_gib"] == 2.0
+    clip = forward_flops(Pass("student", 3), SIZES, None, 4, 4).total
+    job = 2 * 1e12 * row["perf/tflops_per_device"] * row["perf/step_seconds"]
+    assert job == pytest.approx(8 * 3 * clip, rel=1e-9)
+    assert row["perf/mfu"] == pytest.approx(row["perf/tflops_per_device"] / 0.5, rel=1e-9)
 
 
 def test_nan_on_one_rank_updates_no_rank(cache, start, tmp_path):

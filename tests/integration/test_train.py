@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,8 +13,14 @@ import pytest
 import torch
 
 from fvtitan.components.metrics import read_metrics
+from fvtitan.components.rng import fold
+from fvtitan.config import load_config
+from fvtitan.flops import forward_flops, phase_flops
+from fvtitan.methods.dmd2 import DMD2Method
 from fvtitan.methods.finetune import FineTuneMethod
-from tests.helpers import ROOT, causal_recipe, make_cache, read_checkpoint, small_arguments, train
+from fvtitan.methods.passes import Pass
+from fvtitan.models.wan.transformer import FLAVORS
+from tests.helpers import ROOT, causal_recipe, dmd2_recipe, make_cache, read_checkpoint, small_arguments, train
 
 
 @pytest.fixture(scope="module")
@@ -247,3 +254,33 @@ def test_keys_of_execution_may_change(cache, tmp_path):
     }
     assert train(small_arguments(cache, tmp_path / "split", **other)) == 0
     assert len(read_metrics(tmp_path / "split/metrics.jsonl")) == 4
+
+
+def test_flops_of_a_run(tmp_path, capsys):
+    """Those of every phase that ran: by the shape of its batch, and by its exit."""
+    two_shapes = make_cache(tmp_path / "cache", 12, num_portrait=6)
+    keys = {"checkpoint__enable": False, "training__global_batch_size": 4, "metrics__peak_tflops": 2.0}
+    assert train(small_arguments(two_shapes, tmp_path / "sft", **keys, activation_checkpoint__mode="full")) == 0
+    assert re.search(r"^attention: flash, the first that can of cudnn > flash ", capsys.readouterr().out, re.MULTILINE)
+    seen = set()
+    for row in read_metrics(tmp_path / "sft/metrics.jsonl"):
+        tokens = round(row["perf/tokens_per_second"] * row["perf/step_seconds"] / 4)
+        flops = forward_flops(Pass("student", 3), FLAVORS["tiny"], None, {12: 4, 18: 6}[tokens], 4)
+        done = 1e12 * row["perf/tflops_per_device"] * row["perf/step_seconds"]
+        assert done == pytest.approx(4 * 3 * flops.total, rel=1e-9)
+        assert row["perf/hfu"] / row["perf/mfu"] == pytest.approx(1 + flops.recomputed("full") / (3 * flops.total))
+        seen.add(tokens)
+    assert seen == {12, 18}
+
+    recipe, sizes = dmd2_recipe(tmp_path, student_update_interval=2), dict.fromkeys(DMD2Method.roles, FLAVORS["tiny"])
+    arguments = small_arguments(two_shapes, tmp_path / "dmd2", job__config_file=recipe, **keys)
+    assert train(arguments) == 0
+    cfg, seen = load_config(arguments), set()
+    for row in read_metrics(tmp_path / "dmd2/metrics.jsonl"):
+        done = 0.0
+        for role in ("student", "critic")[row["step"] % 2 == 0 :]:
+            rung = fold(cfg.training.seed, row["step"], role, "exit_rung") % 4
+            done += 4 * phase_flops(cfg, DMD2Method.passes(cfg, role, [rung]), sizes, 4, 4).model
+            seen.add(rung)
+        assert 1e12 * row["perf/tflops_per_device"] * row["perf/step_seconds"] == pytest.approx(done, rel=1e-9)
+    assert len(seen) > 1

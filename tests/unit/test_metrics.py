@@ -14,6 +14,7 @@ from PIL import Image
 
 from fvtitan.components.metrics import MetricLogger, ThroughputMeter, duration, read_metrics, truncate_metrics
 from fvtitan.errors import UserError
+from fvtitan.flops import PhaseFlops
 
 
 def events(folder):
@@ -190,6 +191,40 @@ def test_throughput(monkeypatch):
     assert meter.eta_seconds(10) == 20
     assert 0.01 < values["perf/peak_memory_gib"] < 100
     assert set(meter.read()) == {"perf/peak_memory_gib"}  # no step since
+
+
+def test_utilisation(monkeypatch):
+    """Of all phases since the last reading; shares only of a known peak."""
+    now = [0.0]
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    known, unknown = ThroughputMeter("cpu", num_devices=4, peak=10.0), ThroughputMeter("cpu", num_devices=4)
+    for meter in (known, unknown):
+        for _ in range(2):
+            meter.count_flops(PhaseFlops(20e12, 25e12))
+        meter.count(clips=8)
+    now[0] += 5
+    with known.excluded(), unknown.excluded():
+        now[0] += 100
+    values = known.read()
+    assert values["perf/tflops_per_device"] == pytest.approx(2.0)
+    assert values["perf/mfu"] == pytest.approx(0.2) and values["perf/hfu"] == pytest.approx(0.25)
+    assert {"perf/tflops_per_device"} == {name for name in unknown.read() if "flops" in name or "fu" in name}
+    now[0] += 1
+    known.count(clips=8)  # a method that does not know its passes
+    assert not {name for name in known.read() if "flops" in name or "fu" in name}
+
+
+def test_the_line_tells_the_utilisation(tmp_path, capsys):
+    for peak, shown in ((0.0, False), (3.0, True)):
+        log = MetricLogger(tmp_path, total_steps=9, enable_tensorboard=False, peak_tflops=peak)
+        log.meter.count(clips=8)
+        log.meter.count_flops(PhaseFlops(1e9, 1e9))
+        log.log_step(1, {"loss/student": 0.25})
+        log.close()
+        line = capsys.readouterr().out
+        assert "  TFLOP/s " in line and ("  mfu " in line) is shown
+        record = read_metrics(tmp_path / "metrics.jsonl")[0]
+        assert ("perf/mfu" in record) is ("perf/hfu" in record) is shown
 
 
 @pytest.mark.parametrize(

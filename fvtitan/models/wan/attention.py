@@ -33,7 +33,18 @@ def pinned_kernels(deterministic: bool) -> Iterator[str]:
     """Inside, scaled_dot_product_attention takes the first kernel of the list that can; yields the list in words."""
     kernels = DETERMINISTIC_KERNELS if deterministic else KERNELS
     with sdpa_kernel(list(kernels), set_priority=True):
-        yield " > ".join(kernel.name.removesuffix("_ATTENTION").lower() for kernel in kernels)
+        yield " > ".join(map(_in_words, kernels))
+
+
+def chosen_kernel(shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device) -> str:
+    """The kernel that scaled_dot_product_attention takes here, with gradient, for queries, keys and values
+    `[B, S, heads, head_dim]`, in words."""
+    x = torch.empty(shape, dtype=dtype, device=device, requires_grad=True).transpose(1, 2)
+    return _in_words(SDPBackend(torch._fused_sdp_choice(x, x, x)))
+
+
+def _in_words(kernel: SDPBackend) -> str:
+    return kernel.name.removesuffix("_ATTENTION").lower()
 
 
 def rope_split(head_dim: int) -> tuple[int, int, int]:

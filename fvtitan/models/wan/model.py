@@ -20,7 +20,7 @@ from fvtitan.flow_matching import ScheduleConfig
 from fvtitan.models.base import CausalModelBase, Conditioning, ModelBase
 from fvtitan.models.kv_cache import KVCache
 from fvtitan.models.wan import weights
-from fvtitan.models.wan.attention import BlockCausal
+from fvtitan.models.wan.attention import BlockCausal, chosen_kernel
 from fvtitan.models.wan.transformer import WanConfig, WanTransformer
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def build_transformer(
     cfg: JobConfig, role: str, mesh: Mesh, device: torch.device, sizes: WanConfig | None = None
 ) -> WanTransformer:
     """Meta, with all adapters that lie on it -> parallelize -> storage for the local shards -> weights read (or drawn) straight
-    into them. With `sizes`, other than the role's own, it stays without weights."""
+    into them. With `sizes`, other than the role's own, it stays on meta."""
     role_cfg, storage = cfg.models[role], getattr(torch, cfg.role_dtypes(role)[0])
     with torch.device("meta"):
         transformer = WanTransformer(sizes or weights.role_sizes(role_cfg, role)).to(storage)
@@ -41,9 +41,9 @@ def build_transformer(
     for adapter in adapters:
         add_adapter(transformer, adapter, cfg.models[adapter].lora)
     parallelize(transformer, mesh, cfg, role)
-    transformer.to_empty(device="cpu" if role_cfg.cpu_offload else device)
     if sizes:
         return transformer
+    transformer.to_empty(device="cpu" if role_cfg.cpu_offload else device)
     if role_cfg.init_from:
         weights.load_weights(transformer, role_cfg, cfg, f"models.{role}")
     else:
@@ -75,7 +75,7 @@ class WanModel(ModelBase):
         base: WanModel | None = None,
         sizes: WanConfig | None = None,
     ) -> WanModel:
-        """The role on a network of its own, or as an adapter on that of `base`; with `sizes` without weights, for a plan."""
+        """The role on a network of its own, or as an adapter on that of `base`; with `sizes` on meta, for a plan."""
         role_cfg, dtype = cfg.models[role], getattr(torch, cfg.role_dtypes(role)[1])
         transformer = base.transformer if base else build_transformer(cfg, role, mesh, device, sizes)
         model = cls(
@@ -119,6 +119,11 @@ class WanModel(ModelBase):
     @property
     def sizes(self) -> dict[str, Any]:
         return dataclasses.asdict(self.transformer.cfg)
+
+    def attention_kernel(self, cfg: JobConfig) -> str:
+        sizes, batch, (t, h, w) = self.transformer.cfg, cfg.training.local_batch_size, cfg.data.latent_size()
+        tokens = self.num_tokens(torch.Size((1, t, self.latent_channels, h, w)))
+        return chosen_kernel((batch, tokens, sizes.num_heads, sizes.head_dim), self.dtype, self.device)
 
     def check_cache(self, cfg: JobConfig, cache: LatentCache) -> None:
         sizes, sample = self.transformer.cfg, cache[0]
@@ -177,6 +182,10 @@ class WanCausalModel(WanModel, CausalModelBase):
         model = super().build(cfg, role, mesh, device, *network)
         model.trained_frames = cfg.data.latent_size()[0]
         return model
+
+    def attention_kernel(self, cfg: JobConfig) -> str:
+        kernel = super().attention_kernel(cfg)
+        return f"flex over whole videos, {kernel} in streams" if self.backend == "flex" else kernel
 
     def _plan(self, num_frames: int, clean_context: bool = False) -> BlockCausal:
         causal = self.causal

@@ -1,0 +1,203 @@
+"""FLOPs of Wan transformers in closed form, 2 a multiply-add: matrix products and attention, as torch's FlopCounterMode
+counts them; not norms, RoPE, activations, optimizers.
+
+A backward is taken as two forwards, as is usual (arXiv:2204.02311, appendix B): 3 F a pass with gradient. It is less by the
+gradients of the network's inputs, which nobody needs (1.5e-5 of it for the 1.3B at 81 frames of 480 x 832). Hardware FLOPs
+add what activation checkpointing repeats, not the scores that fused attention makes again in its own backward.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import astuple, dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from fvtitan.models.blocks import CausalConfig
+from fvtitan.models.wan.attention import BlockCausal
+from fvtitan.models.wan.transformer import WanConfig
+
+if TYPE_CHECKING:
+    from fvtitan.components.lora import LoRAConfig
+    from fvtitan.config import JobConfig
+    from fvtitan.methods.passes import Pass
+
+PEAK_TFLOPS = {
+    "A100": 312.0,
+    "A800": 312.0,
+    "H100 PCIe": 756.0,
+    "H100 NVL": 835.0,
+    "H100": 989.0,
+    "H800": 989.0,
+    "H200": 989.0,
+    "B200": 2250.0,
+    "GB200": 2500.0,
+    "L40S": 362.0,
+}
+"""Dense bfloat16 TFLOP/s of the vendor's data sheets by words of the device's name; the first entry that fits."""
+
+VIDEO_LAYERS = (*(f"self_attn.{name}" for name in "qkvo"), "cross_attn.q", "cross_attn.o", "ffn.0", "ffn.2")
+TEXT_LAYERS = ("cross_attn.k", "cross_attn.v")
+
+
+@dataclass(frozen=True)
+class Flops:
+    """FLOPs of forwards, by place."""
+
+    linear: float = 0.0
+    """The blocks' projections and feed-forwards."""
+    self_attention: float = 0.0
+    """Scores and weighted sums over the keys that are seen."""
+    cross_attention: float = 0.0
+    """The same over the text."""
+    ends: float = 0.0
+    """Before and after the blocks: patches, text, noise level, head."""
+    adapters: float = 0.0
+    """Of a role that is an adapter: what it adds to the blocks' projections."""
+
+    @property
+    def attention(self) -> float:
+        return self.self_attention + self.cross_attention
+
+    @property
+    def total(self) -> float:
+        return self.linear + self.attention + self.ends + self.adapters
+
+    @property
+    def backward(self) -> float:
+        """Twice the forward; of an adapter's pass without the gradients of the weights under it (and of its ends, which are
+        little)."""
+        if self.adapters:
+            return self.linear + 2 * (self.attention + self.adapters)
+        return 2 * self.total
+
+    def __add__(self, other: Flops) -> Flops:
+        return Flops(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+
+    def __mul__(self, n: float) -> Flops:
+        return Flops(*(n * part for part in astuple(self)))
+
+    def recomputed(self, mode: str) -> float:
+        """What backward computes again under `activation_checkpoint.mode`: the blocks; "selective" keeps what attention
+        gave."""
+        linear = self.linear + self.adapters
+        return {"none": 0.0, "selective": linear, "full": linear + self.attention}[mode]
+
+
+def _adapters(lora: LoRAConfig | None, sizes: WanConfig, layers: Iterable[str]) -> int:
+    """FLOPs a token of the adapters on the named layers of all blocks."""
+    if lora is None:
+        return 0
+    wide = {"ffn.0": sizes.ffn_dim, "ffn.2": sizes.ffn_dim}
+    outer = sum(sizes.dim + wide.get(name, sizes.dim) for name in layers if lora.adapts(name))
+    return 2 * lora.rank * outer * sizes.num_layers
+
+
+def _forward(
+    sizes: WanConfig, tokens_per_frame: int, frames: int, seen: int, out_frames: int, lora: LoRAConfig | None
+) -> Flops:
+    """One forward of one video, but for what is done to its text. seen: pairs of a frame and one that it sees; out_frames:
+    those that reach the head."""
+    dim, layers, tokens = sizes.dim, sizes.num_layers, frames * tokens_per_frame
+    patch = math.prod(sizes.patch_size)
+    return Flops(
+        linear=layers * tokens * (12 * dim * dim + 4 * dim * sizes.ffn_dim),  # 4 of self-attention, 2 of cross, ffn
+        self_attention=layers * 4 * dim * seen * tokens_per_frame**2,
+        cross_attention=layers * 4 * dim * tokens * sizes.text_len,
+        ends=2 * dim * tokens * sizes.in_channels * patch
+        + 2 * dim * out_frames * tokens_per_frame * sizes.out_channels * patch
+        + 2 * dim * frames * (sizes.freq_dim + 7 * dim),
+        adapters=tokens * _adapters(lora, sizes, VIDEO_LAYERS),
+    )
+
+
+def _text(sizes: WanConfig, lora: LoRAConfig | None) -> Flops:
+    """The embedding of one text, and its keys and values in every block."""
+    dim, tokens = sizes.dim, sizes.text_len
+    return Flops(
+        linear=sizes.num_layers * tokens * 4 * dim * dim,
+        ends=2 * dim * tokens * (sizes.text_dim + dim),
+        adapters=tokens * _adapters(lora, sizes, TEXT_LAYERS),
+    )
+
+
+def forward_flops(
+    p: Pass, sizes: WanConfig, causal: CausalConfig | None, height: int, width: int, lora: LoRAConfig | None = None
+) -> Flops:
+    """All forwards of a pass for one video of `p.num_frames` x height x width latents. `causal`: how the role sees time, for
+    attention that is not full. `lora`: of a role that is an adapter."""
+    if p.attention == "full":
+        shapes = [(p.num_frames, p.num_frames**2)]
+    else:
+        plan = BlockCausal(causal.blocks(p.num_frames), causal.window, causal.sink, p.attention == "clean_context")
+        shapes = [
+            (end - start, (end - start) * sum(high - low for low, high in runs))
+            for (start, end), runs in plan.visible()
+        ]
+        if p.attention != "streaming":
+            frames, seen = zip(*shapes, strict=True)
+            shapes = [(sum(frames), sum(seen))]
+    tokens_per_frame = height * width // math.prod(sizes.patch_size)
+    flops = _text(sizes, lora) * (p.num_forwards if p.texts is None else p.texts)
+    for (frames, seen), count in zip(shapes, p.forwards, strict=True):
+        out_frames = p.num_frames if p.attention == "clean_context" else frames
+        flops += _forward(sizes, tokens_per_frame, frames, seen, out_frames, lora) * count
+    return flops * p.batch
+
+
+@dataclass(frozen=True)
+class PhaseFlops:
+    """FLOPs of one phase: those that it needs, and with those that activation checkpointing repeats."""
+
+    model: float = 0.0
+    hardware: float = 0.0
+
+    def __add__(self, other: PhaseFlops) -> PhaseFlops:
+        return PhaseFlops(self.model + other.model, self.hardware + other.hardware)
+
+    def __mul__(self, factor: float) -> PhaseFlops:
+        return PhaseFlops(factor * self.model, factor * self.hardware)
+
+
+def phase_flops(
+    cfg: JobConfig, passes: Iterable[Pass], sizes: Mapping[str, WanConfig], height: int, width: int
+) -> PhaseFlops:
+    """Forwards and backwards of a method's passes for one video of height x width latents; `sizes` by role."""
+    model = hardware = 0.0
+    for p in passes:
+        forward = role_flops(cfg, p, sizes, height, width)
+        needed = forward.total + (forward.backward if p.gradient else 0.0)
+        model += needed
+        hardware += needed + (forward.recomputed(cfg.activation_checkpoint.mode) if p.gradient else 0.0)
+    return PhaseFlops(model, hardware)
+
+
+def role_flops(cfg: JobConfig, p: Pass, sizes: Mapping[str, WanConfig], height: int, width: int) -> Flops:
+    """`forward_flops` of a pass, its role seeing time and adapted as `cfg` says."""
+    role = cfg.models[p.role]
+    causal, lora = role.causal() if role.name == "wan_causal" else None, role.lora if role.lora.rank else None
+    return forward_flops(p, sizes[p.role], causal, height, width, lora)
+
+
+def device_rates(flops: PhaseFlops, seconds: float, num_devices: int, peak_tflops: float = 0.0) -> dict[str, float]:
+    """`perf/...` of the whole job's FLOPs in so many seconds: model TFLOP/s a device and, where the peak is known (not 0),
+    the shares of it that the model's (MFU) and the hardware's (HFU) are."""
+    scale = 1e-12 / (seconds * num_devices)
+    rates = {"perf/tflops_per_device": scale * flops.model}
+    if peak_tflops:
+        rates |= {"perf/mfu": scale * flops.model / peak_tflops, "perf/hfu": scale * flops.hardware / peak_tflops}
+    return rates
+
+
+def peak_tflops(device: torch.device) -> float:
+    """Dense bfloat16 TFLOP/s of a GPU by its name; 0: not known."""
+    return named_peak(torch.cuda.get_device_name(device)) if device.type == "cuda" else 0.0
+
+
+def named_peak(name: str) -> float:
+    """The entry of `PEAK_TFLOPS` for a device's name, 0 without one."""
+    words = set(re.split(r"\W+", name))
+    return next((peak for entry, peak in PEAK_TFLOPS.items() if words.issuperset(entry.split())), 0.0)
