@@ -25,6 +25,7 @@ from fvtitan.models.wan import weights
 from fvtitan.models.wan.transformer import WanConfig
 from tests.helpers import (
     dmd2_recipe,
+    kd_recipe,
     make_cache,
     random_transformer,
     read_checkpoint,
@@ -310,6 +311,17 @@ def test_a_base_that_is_gone_or_another_is_said(setting, tmp_path):
     shutil.rmtree(tmp_path / "teacher")
     with pytest.raises(UserError, match=r"an adapter on models\.teacher\.init_from = .*cannot be read"):
         weights.read_checkpoint(checkpoint(tmp_path, 1), "student")
+
+
+def test_distillation_of_the_teachers_trajectories_on_its_network(setting, tmp_path):
+    """The teacher goes when they are made, its network stays under the student; a second run does not ask for the teacher."""
+    recipe = kd_recipe(tmp_path, {"student": SHARED, "teacher": {"init_from": setting.teacher}})
+    keys = {"job__config_file": recipe, "training__steps": 2, "checkpoint__interval": 2, "optimizer__lr": 1e-2}
+    for name in ("first", "second"):
+        assert train(small_arguments(setting.cache, tmp_path / name, **keys)) == 0
+    first, second = (read_checkpoint(tmp_path / name / "checkpoint/step-2") for name in ("first", "second"))
+    assert first.keys() == second.keys() and all(torch.equal(second[name], tensor) for name, tensor in first.items())
+    assert first["roles.student.transformer.blocks.0.self_attn.q.lora_B"].any()
 
 
 def test_self_forcing_on_the_teachers_network(setting, tmp_path):
