@@ -201,10 +201,8 @@ def adapter_base(folder: str | Path, role: str) -> AdapterBase | None:
         return None
     models = read_toml(folder / "config.toml").models
     name = models[role].share_base_with or role
-    model, what = (
-        models[name],
-        f"{folder}: {role!r} is an adapter on models.{name}.init_from = {models[name].init_from!r}",
-    )
+    model = models[name]
+    what = f"{folder}: {role!r} is an adapter on models.{name}.init_from = {model.init_from!r}"
     try:
         identity = weights_hash(model)
     except UserError as error:
