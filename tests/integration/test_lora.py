@@ -152,6 +152,15 @@ def test_sharing_is_a_matter_of_memory(setting, whole, tmp_path):
     assert_same(tmp_path, whole)
 
 
+def test_gradients_of_micro_batches_wait_for_their_own_role(setting, whole, tmp_path):
+    """Reduced once a step, while the same network answers for the other roles in between: the same training."""
+    keys = {"training__steps": 6, "parallelism__defer_grad_sync": True, "activation_checkpoint__mode": "full"}
+    assert train(arguments_of(setting, tmp_path, **keys)) == 0
+    for row, expected in zip(values_of(tmp_path), values_of(whole), strict=False):
+        assert row == pytest.approx(expected, rel=1e-5)
+    assert len(values_of(tmp_path)) == 6
+
+
 def test_another_base_is_refused(setting, whole, tmp_path, capsys):
     shutil.copytree(whole / "run", tmp_path / "run")
     shutil.rmtree(checkpoint(tmp_path))
