@@ -25,6 +25,7 @@ from fvtitan.models.wan import weights
 from fvtitan.models.wan.transformer import WanConfig
 from tests.helpers import (
     dmd2_recipe,
+    kd_recipe,
     make_cache,
     random_transformer,
     read_checkpoint,
@@ -149,6 +150,15 @@ def test_sharing_is_a_matter_of_memory(setting, whole, tmp_path):
     shutil.rmtree(checkpoint(tmp_path))
     assert train(arguments_of(setting, tmp_path)) == 0
     assert_same(tmp_path, whole)
+
+
+def test_gradients_of_micro_batches_wait_for_their_own_role(setting, whole, tmp_path):
+    """Reduced once a step, while the same network answers for the other roles in between: the same training."""
+    keys = {"training__steps": 6, "parallelism__defer_grad_sync": True, "activation_checkpoint__mode": "full"}
+    assert train(arguments_of(setting, tmp_path, **keys)) == 0
+    for row, expected in zip(values_of(tmp_path), values_of(whole), strict=False):
+        assert row == pytest.approx(expected, rel=1e-5)
+    assert len(values_of(tmp_path)) == 6
 
 
 def test_another_base_is_refused(setting, whole, tmp_path, capsys):
@@ -310,6 +320,17 @@ def test_a_base_that_is_gone_or_another_is_said(setting, tmp_path):
     shutil.rmtree(tmp_path / "teacher")
     with pytest.raises(UserError, match=r"an adapter on models\.teacher\.init_from = .*cannot be read"):
         weights.read_checkpoint(checkpoint(tmp_path, 1), "student")
+
+
+def test_distillation_of_the_teachers_trajectories_on_its_network(setting, tmp_path):
+    """The teacher goes when they are made, its network stays under the student; a second run does not ask for the teacher."""
+    recipe = kd_recipe(tmp_path, {"student": SHARED, "teacher": {"init_from": setting.teacher}})
+    keys = {"job__config_file": recipe, "training__steps": 2, "checkpoint__interval": 2, "optimizer__lr": 1e-2}
+    for name in ("first", "second"):
+        assert train(small_arguments(setting.cache, tmp_path / name, **keys)) == 0
+    first, second = (read_checkpoint(tmp_path / name / "checkpoint/step-2") for name in ("first", "second"))
+    assert first.keys() == second.keys() and all(torch.equal(second[name], tensor) for name, tensor in first.items())
+    assert first["roles.student.transformer.blocks.0.self_attn.q.lora_B"].any()
 
 
 def test_self_forcing_on_the_teachers_network(setting, tmp_path):

@@ -97,7 +97,7 @@ def test_the_layer_is_the_papers():
     plain = copy.deepcopy(layer)
     adapted = LoRALinear(layer)
     adapted.add("student", LoRAConfig(rank=2, alpha=6.0))
-    stir(adapter_parameters(adapted, "student"))
+    stir(adapter_parameters(nn.Sequential(adapted), "student"))
     a, b, x = adapted.lora_A["student"], adapted.lora_B["student"], torch.randn(3, 4, 6)
     expected = x @ (plain.weight + 3.0 * b @ a).T + plain.bias
     torch.testing.assert_close(adapted(x, "student"), expected, atol=1e-6, rtol=1e-6)

@@ -45,7 +45,7 @@ def build_transformer(
         return transformer
     transformer.to_empty(device="cpu" if role_cfg.cpu_offload else device)
     if role_cfg.init_from:
-        weights.load_weights(transformer, role_cfg, cfg, f"models.{role}")
+        weights.load_weights(transformer, role_cfg, cfg, f"models.{role}.init_from")
     else:
         weights.initialise(transformer, cfg.training.seed, role)
     weights.check_parameters(transformer, role, loaded=bool(role_cfg.init_from))
@@ -87,12 +87,13 @@ class WanModel(ModelBase):
             dtype=dtype,
             adapter=role if role_cfg.lora.rank else None,
         )
-        model.reshard_after_forward = cfg.role_parallelism(role_cfg.share_base_with or role).fsdp_reshard_after_forward
+        if base:
+            model.reshard_after_forward, model.identity = base.reshard_after_forward, base.identity
+            return model
+        model.reshard_after_forward = cfg.role_parallelism(role).fsdp_reshard_after_forward
         if not role_cfg.trainable:
             transformer.eval()
-        if base:
-            model.identity = base.identity
-        elif role_cfg.init_from and not sizes and (not role_cfg.trainable or role_cfg.lora.rank):
+        if role_cfg.init_from and not sizes and (not role_cfg.trainable or role_cfg.lora.rank):
             model.identity = weights.weights_hash(role_cfg)
         return model
 

@@ -201,10 +201,8 @@ def adapter_base(folder: str | Path, role: str) -> AdapterBase | None:
         return None
     models = read_toml(folder / "config.toml").models
     name = models[role].share_base_with or role
-    model, what = (
-        models[name],
-        f"{folder}: {role!r} is an adapter on models.{name}.init_from = {models[name].init_from!r}",
-    )
+    model = models[name]
+    what = f"{folder}: {role!r} is an adapter on models.{name}.init_from = {model.init_from!r}"
     try:
         identity = weights_hash(model)
     except UserError as error:
@@ -242,8 +240,8 @@ def checkpoint_state_name(model: RoleConfig) -> str:
 
 
 def load_weights(transformer: WanTransformer, model: RoleConfig, cfg: JobConfig, key: str) -> None:
-    """Read what `model.init_from` names into the (sharded) parameters, those of adapters aside; `key` is the config key of
-    `model`, for errors."""
+    """Read what `model.init_from` names into the (sharded) parameters, those of adapters aside; `key` is its config key, for
+    errors."""
     if is_checkpoint(model.init_from):
         load_checkpoint(transformer, model, cfg, key)
     else:
@@ -261,12 +259,12 @@ def load_checkpoint(transformer: WanTransformer, model: RoleConfig, cfg: JobConf
     theirs = read_toml(Path(model.init_from) / "config.toml").schedule.shift
     if theirs != cfg.schedule.shift:
         raise UserError(
-            f"{key}.init_from = {model.init_from!r} was trained with schedule.shift = {theirs:g}, this run has "
+            f"{key} = {model.init_from!r} was trained with schedule.shift = {theirs:g}, this run has "
             f"{cfg.schedule.shift:g}: use the same"
         )
     name, base = checkpoint_state_name(model), adapter_base(model.init_from, model.init_role)
     if base is not None:
-        load_weights(transformer, base.model, cfg, f"{key}.init_from = {model.init_from!r}: the base's")
+        load_weights(transformer, base.model, cfg, f"{key} = {model.init_from!r}: the base under its adapter")
         merge_adapter(base_parameters(transformer), read_tensors(model.init_from, name), base.scale)
         return
     checkpointer = Checkpointer(Path(cfg.job.dump_folder) / "checkpoint")
