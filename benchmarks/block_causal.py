@@ -1,0 +1,79 @@
+"""B6: block-causal self-attention: one call a block, one call with a dense mask, FlexAttention; beside full attention."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks import roofline
+from benchmarks.harness import Result, Row, Setting, absolute, compare, gate, interleave
+from fvtitan.models.wan.attention import BlockCausal, attend, prepare
+
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def run(setting: Setting) -> Result:
+    """7 blocks of 3 frames. Full attention computes 1.75 times the scores; a dense mask saves none of them."""
+    blocks, heads, tokens = (3,) * 7, 2, 60
+    if setting.is_gpu:
+        heads, tokens = 12, 1560
+    elif setting.quick:
+        blocks, tokens = (3,) * 3, 4
+    length = sum(blocks) * tokens
+    plan, share = BlockCausal(blocks), (len(blocks) + 1) / (2 * len(blocks))
+    dense = plan.frame_mask(setting.device).repeat_interleave(tokens, 0).repeat_interleave(tokens, 1)
+    flex = prepare(BlockCausal(blocks, backend="flex"), tokens, setting.device)
+
+    def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+
+    variants: dict[str, Attention] = {
+        "one call a block": lambda q, k, v: attend(q, k, v, plan),
+        "dense mask": lambda q, k, v: sdpa(q, k, v, dense),
+        "full": lambda q, k, v: sdpa(q, k, v, None),
+    }
+    if not setting.quick:
+        compiled = torch.compile(attend)
+        variants["flex"] = lambda q, k, v: compiled(q, k, v, flex)
+    torch.manual_seed(0)
+    dtype = torch.bfloat16 if setting.is_gpu else torch.float32
+    q, k, v = (torch.randn(1, length, heads, 128, device=setting.device, dtype=dtype) for _ in range(3))
+    errors = {
+        name: gate(attention(q, k, v), variants["dense mask"](q, k, v), 3e-2 if setting.is_gpu else 1e-5, name)
+        for name, attention in variants.items()
+        if name != "full"
+    }
+    rows = _rows(
+        "forward", {name: lambda a=a: a(q, k, v) for name, a in variants.items()}, errors, length, share, setting
+    )
+    trained = {name: _backward(a, q, k, v) for name, a in variants.items() if name != "flex" or setting.is_gpu}
+    rows += _rows("forward + backward", trained, errors, length, share, setting)
+    return Result("block-causal attention", f"{heads} heads of 128, S = {length}, {len(blocks)} blocks", rows)
+
+
+def _backward(attention: Attention, *inputs: Tensor) -> Callable[[], None]:
+    leaves = [x.detach().requires_grad_() for x in inputs]
+
+    def step() -> None:
+        torch.autograd.grad(attention(*leaves).sum(), leaves)
+
+    return step
+
+
+def _rows(label: str, steps: dict, errors: dict[str, float], length: int, share: float, setting: Setting) -> list[Row]:
+    times = interleave(steps, setting, warmup=3)
+    rows = [
+        compare(times, name, "full", what=f"{label}: {name} / full", error=errors[name], predicted=ideal)
+        for name, ideal in {"one call a block": share, "dense mask": 1.0, "flex": share}.items()
+        if name in times
+    ]
+    if setting.is_gpu:
+        for name, seconds in times.items():
+            visible = 1.0 if name in ("full", "dense mask") else share
+            flops = 4 * length**2 * 12 * 128 * visible
+            rows.append(absolute(f"{label}: {name}", seconds, roofline.Work(0, flops, "backward" in label), setting))
+    return rows
