@@ -20,4 +20,4 @@ CPU_ATTENTION = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _forward,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _backward,
 }
-"""For `FlopCounterMode(custom_mapping=...)`: counted as the other fused kernels are, with the scores computed again backward."""
+"""For `FlopCounterMode(custom_mapping=...)`. As for other fused kernels, backward computes the scores again."""

@@ -93,12 +93,17 @@ class Result:
 
 
 def interleave(
-    variants: Mapping[str, Callable[[], object]], setting: Setting, *, warmup: int = 2, wall: bool = False
+    variants: Mapping[str, Callable[[], object]],
+    setting: Setting,
+    *,
+    warmup: int = 2,
+    wall: bool = False,
+    before: Mapping[str, Callable[[], object]] | None = None,
 ) -> Times:
     """Run the variants in turn, A B C A B C ..., once a round, and time each; more rounds than asked for when they are short.
 
     On a CPU the clock is the process' own time, so that other processes do not count; `wall` for what waits (disks, workers,
-    other processes). On a GPU it is wall time between synchronisations.
+    other processes). On a GPU it is wall time between synchronisations. What `before` has for a variant runs first, untimed.
     """
     clock = time.perf_counter if wall or setting.is_gpu else time.process_time
     warmup, least = (1, 3) if setting.quick else (warmup, setting.rounds)
@@ -111,6 +116,8 @@ def interleave(
             not setting.quick and number < MOST_ROUNDS and time.perf_counter() - begin < SHORT_SECONDS
         ):
             for name, run in variants.items():
+                if before and name in before:
+                    before[name]()
                 synchronise(setting)
                 start = clock()
                 run()

@@ -10,7 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks import models, roofline
 from benchmarks.harness import Result, Row, Setting, absolute, compare, gate, interleave
-from benchmarks.training import bare_step, fine_tuning
+from benchmarks.training import bare_step, training
 from fvtitan import flow_matching
 from fvtitan.distributed.parallelize import apply_ac
 from fvtitan.methods.base import TrainingMethod
@@ -29,7 +29,7 @@ def run(setting: Setting) -> Result:
     cfg = models.CPU_SIZES
     size = f"{cfg.num_layers} layers, d = {cfg.dim}, S = {models.num_tokens(latents)}, batch 1, float32"
     # On one rank resharding frees a copy of what is there anyway.
-    with fine_tuning(latents, setting, parallelism__fsdp_reshard_after_forward=False) as (method, batch):
+    with training(latents, setting, parallelism__fsdp_reshard_after_forward=False) as (method, batch):
         models.random_weights(method.student.transformer)
         twin = models.diffusers_twin(models.unsharded(method.student.transformer))
         theirs = _diffusers_step(twin, method, batch)
@@ -79,7 +79,7 @@ def _on_gpu(setting: Setting) -> list[Row]:
     rows = []
     for tokens, latents in models.GPU_LATENTS.items():
         modes = ["selective", "full"] if tokens > 10000 else ["none", "selective", "full"]  # none: 129 GiB
-        with fine_tuning(latents, setting, compile__enable=True) as (method, batch):
+        with training(latents, setting, compile__enable=True) as (method, batch):
             linear, attention = roofline.forward_flops(method.student.transformer.cfg, tokens)
             for mode in modes:
                 for name, kernel in KERNELS.items():

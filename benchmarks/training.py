@@ -23,6 +23,7 @@ from fvtitan.distributed.utils import clip_grad_norm, close_distributed, init_di
 from fvtitan.methods import METHODS
 from fvtitan.methods.base import TrainingMethod
 from fvtitan.models import build_roles
+from fvtitan.models.wan import weights
 from fvtitan.models.wan.transformer import FLAVORS
 
 FLAVOR = "benchmark"
@@ -61,15 +62,33 @@ def clip_size(latents: tuple[int, ...]) -> dict[str, int]:
     return {"num_frames": 4 * (frames - 1) + 1, "height": 8 * height, "width": 8 * width, "fps": 16}
 
 
-def arguments(folder: Path, latents: tuple[int, ...], setting: Setting, **keys: Any) -> list[str]:
-    """train.py's command line for fine-tuning on random latents, its cache in `folder`; keys `section__key`."""
+FINE_TUNING = """
+[models.student]
+flavor = "{flavor}"
+[method]
+name = "finetune"
+"""
+
+
+def arguments(
+    folder: Path, latents: tuple[int, ...], setting: Setting, recipe: str = FINE_TUNING, **keys: Any
+) -> list[str]:
+    """train.py's command line for a recipe on random latents, its cache in `folder`; keys `section__key`. In the recipe,
+    `{flavor}` is the network's, `{weights}` a folder of random ones."""
     flavor = "1.3B" if setting.is_gpu else FLAVOR
     if not (folder / "cache").exists():
         write_cache(folder / "cache", latents, FLAVORS[flavor].text_dim)
-    recipe = folder / "recipe.toml"
-    recipe.write_text(f'[models.student]\nflavor = "{flavor}"\n[method]\nname = "finetune"\n')
+    path = folder / "recipe.toml"
+    if "{weights}" in recipe and not (folder / "weights").exists():
+        cfg = FLAVORS[flavor]
+        random = models.transformer(cfg, setting)
+        weights.save_transformer(
+            {n: p.detach() for n, p in random.named_parameters()}, cfg, folder / "weights/transformer"
+        )
+        (folder / "weights/fvtitan.json").write_text(json.dumps({"text_len": cfg.text_len}))
+    path.write_text(recipe.format(flavor=flavor, weights=folder / "weights"))
     settings = {
-        "job__config_file": recipe,
+        "job__config_file": path,
         "job__dump_folder": folder / "run",
         "data__path": folder / "cache",
         "training__mixed_precision_param": "bfloat16" if setting.is_gpu else "float32",
@@ -102,10 +121,12 @@ def build_method(
 
 
 @contextlib.contextmanager
-def fine_tuning(latents: tuple[int, ...], setting: Setting, **keys: Any) -> Iterator[tuple[TrainingMethod, dict]]:
-    """(method, one batch) of a fine-tuning run."""
+def training(
+    latents: tuple[int, ...], setting: Setting, recipe: str = FINE_TUNING, **keys: Any
+) -> Iterator[tuple[TrainingMethod, dict[str, Any]]]:
+    """(method, one batch) of a run; the arguments of `arguments`."""
     with tempfile.TemporaryDirectory() as folder:
-        cfg = load_config(arguments(Path(folder), latents, setting, **keys))
+        cfg = load_config(arguments(Path(folder), latents, setting, recipe, **keys))
         with process_group(cfg) as device:
             method = build_method(cfg, device)
             batches = BatchStream(
