@@ -50,7 +50,7 @@ def _rows(cfg: WanConfig, latents: tuple[int, ...], setting: Setting, label: str
         rows.append(compare(times, "fvtitan compiled", "fvtitan", what=f"{label}fvtitan: compiled / eager"))
     if setting.is_gpu:
         work = roofline.Work(*roofline.block_flops(cfg, models.num_tokens(latents)), backward=True)
-        rows += [absolute(f"{label}{name}", seconds, work, setting) for name, seconds in times.items()]
+        rows += [absolute(f"{label}{name}", times, name, work) for name in times]
     return rows
 
 

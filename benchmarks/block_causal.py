@@ -77,8 +77,8 @@ def _rows(label: str, steps: dict, errors: dict[str, float], length: int, share:
         if name in times
     ]
     if setting.is_gpu:
-        for name, seconds in times.items():
+        for name in times:
             visible = 1.0 if name in ("full", "dense mask") else share
             flops = 4 * length**2 * 12 * 128 * visible
-            rows.append(absolute(f"{label}: {name}", seconds, roofline.Work(0, flops, "backward" in label), setting))
+            rows.append(absolute(f"{label}: {name}", times, name, roofline.Work(0, flops, "backward" in label)))
     return rows

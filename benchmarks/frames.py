@@ -10,7 +10,6 @@ from __future__ import annotations
 import random
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from unittest import mock
 
 import numpy as np
@@ -30,7 +29,7 @@ FRAMES = (5, 9, 13, 17, 21)
 def run(setting: Setting) -> Result:
     """Forward of the whole model, without gradient."""
     cfg = models.sizes(setting, None if setting.is_gpu else 2)
-    grid = (16, 60, 104) if setting.is_gpu else (16, 4, 8) if setting.quick else (16, 32, 20)
+    grid = (16, 60, 104) if setting.is_gpu else (16, 4, 8) if setting.quick else (16, 32, 40)
     network = models.transformer(cfg, setting)
     steps, counted = {}, []
     for frames in FRAMES:
@@ -41,7 +40,7 @@ def run(setting: Setting) -> Result:
         steps[str(frames)] = step
     tokens = [models.num_tokens((frames, *grid)) for frames in FRAMES]
     steps |= _parts(network, cfg, (1, FRAMES[2], *grid), setting)
-    times = interleave(steps, replace(setting, rounds=3 * setting.rounds))  # a fit needs more than a ratio
+    times = interleave(steps, setting)
     linear, attention = roofline.forward_flops(cfg, tokens[2])
     expected = _fit(tokens, [sum(roofline.forward_flops(cfg, count)) for count in tokens])
 
@@ -66,7 +65,7 @@ def run(setting: Setting) -> Result:
         rows.append(Row(what, value, (values[10], values[-11]), predicted=1.0))  # bootstrap over the rounds
     if setting.is_gpu:
         works = [roofline.Work(*roofline.forward_flops(cfg, count)) for count in tokens]
-        rows += [absolute(f"{f} frames", times[str(f)], w, setting) for f, w in zip(FRAMES, works, strict=True)]
+        rows += [absolute(f"{f} frames", times, str(f), w) for f, w in zip(FRAMES, works, strict=True)]
     size = f"{cfg.num_layers} layers, d = {cfg.dim}, {FRAMES} latent frames, S = {tokens[0]} - {tokens[-1]}, forward"
     return Result("time against the number of frames", size, rows)
 

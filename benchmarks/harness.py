@@ -15,8 +15,13 @@ from torch import Tensor
 
 from benchmarks.roofline import GPU_PEAK_FLOPS, Work
 
-Times = dict[str, list[float]]
-"""Seconds of every round, by variant."""
+
+class Times(dict[str, list[float]]):
+    """Seconds of every round, by variant; on a GPU with the most bytes that were allocated in one."""
+
+    def __init__(self, seconds: Mapping[str, list[float]], peak_bytes: Mapping[str, int] | None = None) -> None:
+        super().__init__(seconds)
+        self.peak_bytes = dict(peak_bytes or {})
 
 
 MOST_ROUNDS = 101
@@ -107,7 +112,7 @@ def interleave(
     """
     clock = time.perf_counter if wall or setting.is_gpu else time.process_time
     warmup, least = (1, 3) if setting.quick else (warmup, setting.rounds)
-    times: Times = {name: [] for name in variants}
+    times, peaks = {name: [] for name in variants}, {}
     gc.collect()
     gc.disable()  # a collection would hit whichever variant runs then
     begin, number = time.perf_counter(), 0
@@ -119,15 +124,19 @@ def interleave(
                 if before and name in before:
                     before[name]()
                 synchronise(setting)
+                if setting.is_gpu:
+                    torch.cuda.reset_peak_memory_stats(setting.device)
                 start = clock()
                 run()
                 synchronise(setting)
                 times[name].append(clock() - start)
+                if setting.is_gpu:
+                    peaks[name] = torch.cuda.max_memory_allocated(setting.device)
             number += 1
             gc.collect()
     finally:
         gc.enable()
-    return {name: seconds[warmup:] for name, seconds in times.items()}
+    return Times({name: seconds[warmup:] for name, seconds in times.items()}, peaks)
 
 
 def synchronise(setting: Setting) -> None:
@@ -163,21 +172,19 @@ def interval(values: list[float]) -> tuple[float, float]:
     return values[below], values[-1 - below]
 
 
-def absolute(what: str, seconds: list[float], work: Work, setting: Setting, **row: Any) -> Row:
+def absolute(what: str, times: Times, variant: str, work: Work) -> Row:
     """A row of absolute numbers, for a GPU: the median time, what it means, and what the roofline predicts."""
-    time_ = statistics.median(seconds)
-    rate = work.flops / time_
+    seconds = statistics.median(times[variant])
     return Row(
         what,
         predicted=1e3 * work.seconds(),
         absolute={
-            "ms": 1e3 * time_,
-            "ms_min": 1e3 * min(seconds),
-            "tflops": rate / 1e12,
-            "mfu": work.model_flops / time_ / GPU_PEAK_FLOPS,
-            "gib": torch.cuda.max_memory_allocated(setting.device) / 2**30,
+            "ms": 1e3 * seconds,
+            "ms_min": 1e3 * min(times[variant]),
+            "tflops": work.flops / seconds / 1e12,
+            "mfu": work.model_flops / seconds / GPU_PEAK_FLOPS,
+            "gib": times.peak_bytes[variant] / 2**30,
         },
-        **row,
     )
 
 

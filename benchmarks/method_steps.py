@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable
 
-import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import models
@@ -66,9 +66,9 @@ def _rows(name: str, recipe: str, latents: tuple[int, ...], setting: Setting) ->
         ]
         if setting.is_gpu:
             for row, role in zip(rows, ("student", "critic"), strict=True):
-                seconds = sorted(times[role])[len(times[role]) // 2]
-                memory = torch.cuda.max_memory_allocated(setting.device) / 2**30
-                row.absolute = {"ms": 1e3 * seconds, "tflops": flops[role] / seconds / 1e12, "gib": memory}
+                seconds = statistics.median(times[role])
+                rate, memory = flops[role] / seconds / 1e12, times.peak_bytes[role] / 2**30
+                row.absolute = {"ms": 1e3 * seconds, "tflops": rate, "gib": memory}
     return rows
 
 

@@ -62,7 +62,7 @@ def _rows(cfg: WanConfig, shape: tuple[int, ...], setting: Setting) -> list[Row]
     target = 0.6 if blocks > 2 else None
     rows = [compare(times, "KV cache", "whole past", what=label, target=target, error=error, predicted=predicted)]
     if setting.is_gpu:
-        rows += [absolute(f"{name}, {blocks} blocks", times[name], works[name], setting) for name in variants]
+        rows += [absolute(f"{name}, {blocks} blocks", times, name, works[name]) for name in variants]
     return rows
 
 

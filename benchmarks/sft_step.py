@@ -84,16 +84,14 @@ def _on_gpu(setting: Setting) -> list[Row]:
             for mode in modes:
                 for name, kernel in KERNELS.items():
                     apply_ac(method.student.transformer, mode)
-                    torch.cuda.reset_peak_memory_stats()
                     with sdpa_kernel([kernel, SDPBackend.MATH], set_priority=True):
                         step = functools.partial(bare_step, method, batch, 1)
-                        seconds = interleave({"fvtitan": step}, setting, warmup=3)["fvtitan"]
+                        times = interleave({"fvtitan": step}, setting, warmup=3)
                     work = roofline.Work(linear, attention, True, *RECOMPUTES[mode], kernel=name)
-                    rows.append(absolute(f"fvtitan, S = {tokens}, AC {mode}, {name}", seconds, work, setting))
+                    rows.append(absolute(f"fvtitan, S = {tokens}, AC {mode}, {name}", times, "fvtitan", work))
             twin = models.diffusers_twin(models.unsharded(method.student.transformer))
             twin.enable_gradient_checkpointing()
-            torch.cuda.reset_peak_memory_stats()
-            seconds = interleave({"diffusers": _diffusers_step(twin, method, batch)}, setting, warmup=3)["diffusers"]
+            times = interleave({"diffusers": _diffusers_step(twin, method, batch)}, setting, warmup=3)
             work = roofline.Work(linear, attention, True, True, True)
-            rows.append(absolute(f"diffusers, S = {tokens}, full checkpointing, eager", seconds, work, setting))
+            rows.append(absolute(f"diffusers, S = {tokens}, full checkpointing, eager", times, "diffusers", work))
     return rows

@@ -49,7 +49,7 @@ def run(setting: Setting) -> Result:
             what, ratio = f"{name} / none", work.flops / plain
             rows.append(compare(times, name, "AC none", what=what, error=errors[name], predicted=ratio))
         if setting.is_gpu:
-            rows.append(absolute(name, times[name], work, setting))
+            rows.append(absolute(name, times, name, work))
     rows.append(_ema(setting, latents))
     return Result("switches", f"{cfg.num_layers} layers, S = {models.num_tokens(latents)}, forward + backward", rows)
 

@@ -33,12 +33,15 @@ def run(setting: Setting) -> Result:
     """train.py's loop / the same step and the same sharded model in five lines; and those with / without fully_shard."""
     latents = models.GPU_LATENTS[7800] if setting.is_gpu else models.CPU_LATENTS
     rounds = 4 if setting.quick else 5 * setting.rounds
+    if setting.quick:
+        latents = models.QUICK_LATENTS
+    keys = {"training__steps": rounds + 3, "metrics__log_freq": 10}
+    if setting.is_gpu:  # two networks with their optimizers fill half of it
+        keys["activation_checkpoint__mode"] = "full"
     with tempfile.TemporaryDirectory() as folder:
-        if setting.quick:
-            latents = models.QUICK_LATENTS
-        words = arguments(Path(folder), latents, setting, training__steps=rounds + 3, metrics__log_freq=10)
+        words = arguments(Path(folder), latents, setting, **keys)
         times, losses = _take_turns(words, setting)
-    times = {name: seconds[-rounds:] for name, seconds in times.items()}
+    times = Times({name: seconds[-rounds:] for name, seconds in times.items()})
     error = max(gate(losses["train.py"], other, 1e-6, f"losses of {name}") for name, other in losses.items())
     rows = [compare(times, "train.py", "bare loop", target=1.03, error=error)]
     if "without fully_shard" in times:
@@ -53,7 +56,7 @@ def _take_turns(words: list[str], setting: Setting) -> tuple[Times, dict[str, Te
     cfg = load_config(words)
     clock = time.perf_counter if setting.is_gpu else time.process_time
     loops: dict[str, TrainingMethod] = {}
-    times: Times = {}
+    times: dict[str, list[float]] = {}
     losses: dict[str, list[Tensor]] = {}
     resumed = 0.0
 
@@ -88,7 +91,7 @@ def _take_turns(words: list[str], setting: Setting) -> tuple[Times, dict[str, Te
                 raise RuntimeError(f"train.py ended with {end.code}") from None
     count = min(map(len, times.values()))
     return (
-        {name: seconds[-count:] for name, seconds in times.items()},
+        Times({name: seconds[-count:] for name, seconds in times.items()}),
         {name: torch.stack(values) for name, values in losses.items()},
     )
 

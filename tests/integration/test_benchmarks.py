@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from benchmarks.harness import GateError, Row, Setting, compare, gate, interleave, interval
+from benchmarks.harness import GateError, Row, Setting, Times, compare, gate, interleave, interval
 from benchmarks.run import BENCHMARKS, main
 from tests.helpers import ROOT
 
@@ -65,7 +65,7 @@ def test_gate():
 def test_ratios_are_taken_round_by_round():
     """A machine that is twice as slow in some rounds changes no ratio; one that varies within a round leaves it open."""
     speed = [1.0, 2.0, 1.0, 2.0, 1.0, 2.0, 1.0, 2.0, 1.0]
-    times = {"a": [0.9 * s for s in speed], "b": speed, "c": [s * (0.8 + 0.05 * i) for i, s in enumerate(speed)]}
+    times = Times({"a": [0.9 * s for s in speed], "b": speed, "c": [s * (0.8 + 0.05 * i) for i, s in enumerate(speed)]})
     row = compare(times, "a", "b", target=0.95)
     assert row.ratio == pytest.approx(0.9) and row.verdict == "faster" and row.outcome == "<= 0.95: met"
     assert compare(times, "b", "a", target=1.05).outcome == "<= 1.05: missed"
