@@ -105,7 +105,8 @@ def interleave(
     wall: bool = False,
     before: Mapping[str, Callable[[], object]] | None = None,
 ) -> Times:
-    """Run the variants in turn, A B C A B C ..., once a round, and time each; more rounds than asked for when they are short.
+    """Run the variants in turn, A B C, C B A, A B C ..., once a round, and time each; more rounds than asked for when they are
+    short. No variant always has the same one before it, whose memory and caches it finds.
 
     On a CPU the clock is the process' own time, so that other processes do not count; `wall` for what waits (disks, workers,
     other processes). On a GPU it is wall time between synchronisations. What `before` has for a variant runs first, untimed.
@@ -120,7 +121,8 @@ def interleave(
         while number < warmup + least or (
             not setting.quick and number < MOST_ROUNDS and time.perf_counter() - begin < SHORT_SECONDS
         ):
-            for name, run in variants.items():
+            turn = list(variants.items())
+            for name, run in turn[::-1] if number % 2 else turn:
                 if before and name in before:
                     before[name]()
                 synchronise(setting)

@@ -72,7 +72,8 @@ def _take_turns(words: list[str], setting: Setting) -> tuple[Times, dict[str, Te
                 loops["bare loop"] = build_method(cfg, self.device, FineTuneMethod)
                 if not setting.is_gpu:  # there fully_shard is also what casts to bf16
                     loops["without fully_shard"] = _unsharded(loops["bare loop"])
-            for name, method in loops.items():
+            turn = list(loops.items())
+            for name, method in turn[::-1] if step % 2 else turn:
                 start = clock()
                 loss = bare_step(method, batch, step)
                 synchronise(setting)

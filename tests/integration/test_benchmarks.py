@@ -89,4 +89,4 @@ def test_rounds_are_interleaved():
     order: list[str] = []
     variants = {name: lambda name=name: order.append(name) for name in "ab"}
     times = interleave(variants, Setting(torch.device("cpu"), quick=True), before={"b": lambda: order.append("-")})
-    assert "".join(order) == "a-b" * 4 and all(len(seconds) == 3 for seconds in times.values())
+    assert "".join(order) == "a-b-ba" * 2 and all(len(seconds) == 3 for seconds in times.values())
