@@ -1,4 +1,4 @@
-"""Peak memory of a DMD2 step: the phases run one after the other, so it is the larger phase's, not their sum.
+"""M1: peak memory of a DMD2 step. The phases run one after the other, so it is the larger phase's, not their sum.
 
 python benchmarks/dmd2_memory.py [--batch 32]
 
@@ -15,10 +15,12 @@ import json
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.harness import Result, Row, Setting  # noqa: E402
 from fvtitan.components.memory import LiveBytes  # noqa: E402
 from fvtitan.config import load_config  # noqa: E402
 from fvtitan.data.dataloader import BatchStream  # noqa: E402
@@ -48,10 +50,26 @@ def peak_bytes(method: TrainingMethod, batches: BatchStream, step: int, roles: t
     return live.peak
 
 
+def run(setting: Setting) -> Result:
+    """The largest batch the numbers were taken at is 32."""
+    batch = 2 if setting.quick else 32
+    values = measure(batch)
+    peaks = ", ".join(f"{name} {size:.0f} MiB" for name, size in values["peak_mib"].items())
+    rows = [
+        Row("step / larger phase", values["step_to_larger_phase"], target=1.05, predicted=1.0),
+        Row("step / sum of the phases", values["step_to_sum_of_phases"]),
+    ]
+    return Result("peak memory of a DMD2 step", f"tiny Wan, batch {batch}", rows, [f"{peaks}; counted"])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--batch", type=int, default=32)
-    batch = parser.parse_args().batch
+    print(json.dumps(measure(parser.parse_args().batch)))
+
+
+def measure(batch: int) -> dict[str, Any]:
+    """`peak_mib` of each phase and of a step, and the ratios."""
     with tempfile.TemporaryDirectory() as folder:
         prompts, cache = Path(folder) / "prompts.txt", Path(folder) / "cache"
         prompts.write_text("a small red circle moving left\n" * 2 * batch)
@@ -89,16 +107,12 @@ def main() -> None:
             close_distributed()
     larger, both = max(peaks["student"], peaks["critic"]), peaks["student"] + peaks["critic"]
     ratios = {"step_to_larger_phase": peaks["step"] / larger, "step_to_sum_of_phases": peaks["step"] / both}
-    print(
-        json.dumps(
-            {
-                "device": str(device),
-                "batch": batch,
-                "peak_mib": {k: round(v / 2**20, 1) for k, v in peaks.items()},
-                **{k: round(v, 3) for k, v in ratios.items()},
-            }
-        )
-    )
+    return {
+        "device": str(device),
+        "batch": batch,
+        "peak_mib": {k: round(v / 2**20, 1) for k, v in peaks.items()},
+        **{k: round(v, 3) for k, v in ratios.items()},
+    }
 
 
 if __name__ == "__main__":

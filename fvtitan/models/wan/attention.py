@@ -86,8 +86,13 @@ def rope_table(
 def apply_rope(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     """Rotate neighbouring channel pairs. x `[B, S, heads, head_dim]`; computed in the table's dtype, returned in x's."""
     cos, sin = rope
-    even, odd = x.to(cos.dtype).unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(x.dtype)
+    pairs = x.to(cos.dtype).unflatten(-1, (-1, 2))
+    if torch.compiler.is_compiling():  # fused there; inductor generates no code for complex numbers
+        even, odd = pairs.unbind(-1)
+        turned = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
+    else:  # the same as one operation
+        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.complex(cos, sin))
+    return turned.flatten(-2).to(x.dtype)
 
 
 @dataclass(frozen=True)
