@@ -120,7 +120,11 @@ def test_caption_dropout_has_its_rate_and_varies_by_pass(setting):
     overlap = float((dropped[0] & dropped[1]).double().mean())
     assert overlap == pytest.approx(method.cfg.data.caption_dropout**2, abs=0.02)  # independent between passes
     prompt = torch.ones(2, 64)
-    batch = {"prompt_embeds": [prompt] * 2000, "sample_indices": torch.arange(2000), "sample_passes": torch.zeros(2000).long()}
+    batch = {
+        "prompt_embeds": [prompt] * 2000,
+        "sample_indices": torch.arange(2000),
+        "sample_passes": torch.zeros(2000).long(),
+    }
     text = method.conditioning(batch).text
     replaced = text.ne(1).any(1)
     assert torch.equal(replaced, dropped[0])
