@@ -12,13 +12,14 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import CheckpointPolicy, SelectiveCheckpointContext
+from torch.utils.checkpoint import CheckpointPolicy
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.memory import LiveBytes
 from fvtitan.distributed.mesh import build_mesh
 from fvtitan.distributed.parallelize import apply_ac, apply_fsdp, keep_attentions
-from fvtitan.models.wan.attention import BlockCausal
+from fvtitan.models.wan import transformer as network
+from fvtitan.models.wan.attention import FLEX_OPTIONS, BlockCausal
 from fvtitan.models.wan.transformer import WanTransformer
 from tests.helpers import SMALL, make_cache, random_transformer, small_config
 
@@ -49,8 +50,7 @@ def gradients(transformer: WanTransformer, loss: Tensor) -> dict[str, Tensor]:
 
 
 def keeps(op, *args: Tensor) -> bool:
-    context = SelectiveCheckpointContext(is_recompute=False, op_output=None)
-    return keep_attentions(context, op, *args) is CheckpointPolicy.MUST_SAVE
+    return keep_attentions(None, op, *args) is CheckpointPolicy.MUST_SAVE
 
 
 @pytest.mark.parametrize(
@@ -74,6 +74,39 @@ def test_flex_attention_and_all_to_alls_are_kept_and_products_are_not():
     for op in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.gelu, torch.ops.aten._softmax):
         assert not keeps(op.default)
     assert not keeps(torch.ops._c10d_functional.all_gather_into_tensor.default)
+
+
+@torch.library.custom_op("fvtitan_tests::probe", mutates_args=())
+def probe(x: Tensor) -> Tensor:
+    """A copy; counts how often it is made."""
+    probe.runs += 1
+    return x.clone()
+
+
+probe.register_fake(torch.empty_like)
+probe.register_autograd(lambda ctx, gradient: gradient)
+
+
+@pytest.mark.slow
+def test_attention_that_is_compiled_alone_is_kept(monkeypatch):
+    """As FlexAttention is in an eager block on a GPU; here one that has a backward on a CPU. `full` runs it again, `selective`
+    does not."""
+
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (x.transpose(1, 2) for x in (probe(q), k, v))
+        return ((q @ k.mT / q.shape[-1] ** 0.5).softmax(-1) @ v).transpose(1, 2)
+
+    compiled = torch.compile(attention, options=FLEX_OPTIONS)
+    monkeypatch.setattr(network, "attend", lambda q, k, v, plan=None: compiled(q, k, v))
+    transformer, found, runs = random_transformer(SIZES), {}, {}
+    for mode in MODES:
+        apply_ac(transformer, mode)
+        probe.runs = 0
+        found[mode] = gradients(transformer, transformer(*inputs()).square().mean())
+        runs[mode] = probe.runs
+    assert runs["selective"] == runs["none"] and runs["full"] == runs["none"] + 2 * SIZES.num_layers
+    for name, gradient in found["none"].items():
+        assert all((found[mode][name] - gradient).norm() <= 1e-5 * gradient.norm() for mode in MODES)
 
 
 def test_of_attention_without_a_kernel_the_output_is_kept_and_the_scores_are_not():
