@@ -32,8 +32,8 @@ def _fresh() -> Iterator[None]:
 
 def inputs(frames: int, height: int = 4) -> tuple[Tensor, Conditioning]:
     rng = torch.Generator().manual_seed(0)
-    noise = torch.randn(1, frames, 16, height, 4, generator=rng)
-    return noise, Conditioning(torch.randn(1, SMALL.text_len, SMALL.text_dim, generator=rng))
+    noise = torch.randn(2, frames, 16, height, 4, generator=rng)
+    return noise, Conditioning(torch.randn(2, SMALL.text_len, SMALL.text_dim, generator=rng))
 
 
 def gradients(model: WanCausalModel, loss: Tensor) -> list[Tensor]:
@@ -52,7 +52,7 @@ def rollout(model: WanCausalModel, frames: int) -> list[Tensor]:
     (noise, cond), out = inputs(frames), []
     cache = model.new_cache(noise.shape)
     for start, end in block_starts(model.causal.blocks(frames)):
-        x, size = noise[:, start:end], (1, end - start)
+        x, size = noise[:, start:end], (2, end - start)
         x = x - 0.5 * model.predict_velocity_streaming(x, torch.full(size, 0.5), cond, cache, start)
         out.append(x)
         model.commit(x, cond, cache, start)
@@ -140,7 +140,7 @@ def test_one_graph_more_than_the_limit_is_an_error():
     torch._dynamo.config.recompile_limit = 2
     for height in (4, 6):
         noise, cond = inputs(2, height)
-        model.predict_velocity(noise, torch.ones(1, 2), cond)
+        model.predict_velocity(noise, torch.ones(2, 2), cond)
     noise, cond = inputs(2, 8)
     with pytest.raises(FailOnRecompileLimitHit):
-        model.predict_velocity(noise, torch.ones(1, 2), cond)
+        model.predict_velocity(noise, torch.ones(2, 2), cond)

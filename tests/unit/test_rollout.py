@@ -212,7 +212,7 @@ def test_the_cache_is_allocated_once_for_a_shape():
         sampled(model, spec, noise, cond)
 
     slots, text = 4 * 4, SMALL.text_len
-    shapes = [(2, slots, 4, 32)] * 2 + [(2, text, 4, 32)] * 2
+    shapes = [(slots, 2, 4, 32)] * 2 + [(2, text, 4, 32)] * 2
     assert caches_made(rollout) == shapes * SMALL.num_layers  # the recycled one holds a window
     assert caches_made(rollout) == [] and caches_made(rollout) == []
     assert (

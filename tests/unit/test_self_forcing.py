@@ -576,7 +576,10 @@ def wrong_slot(patch) -> None:
         found, size = passes(self, start, end, write=write), (end - start) * self.tokens_per_frame
         if not write:
             return found
-        slots = [{"write_keys": (c.key[:, :size],), "write_values": (c.value[:, :size],)} for c in self.layers]
+        slots = [
+            {f"write_{name}s": kv_cache._ranges(getattr(layer, name), ((0, size),)) for name in ("key", "value")}
+            for layer in self.layers
+        ]
         return [dataclasses.replace(p, **slot) for p, slot in zip(found, slots, strict=True)]
 
     patch.setattr(KVCache, "passes", passing)
