@@ -445,7 +445,7 @@ def test_the_cache_is_allocated_once(toys, mode):
         for step in range(1, 5):
             for role in ("student", "critic"):
                 method.single_train_step(prompts_batch(), step, role)[0].backward()
-    keys, text = (2, 9 * 4, 2, 16), (2, 8, 2, 16)
+    keys, text = (9 * 4, 2, 2, 16), (2, 8, 2, 16)
     assert made.shapes == [keys, keys, text, text] * 2
     with Allocations() as made:
         method.single_train_step(prompts_batch(3), 5, "critic")
