@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 # Roles share the graphs of one `Block.forward`. A streaming student has 3 for each length of its context (with and without
 # gradient, commit), validation's batch 2 more: 105 in all for the 21 blocks of one frame of a Wan video. Dynamo's default is 8.
 DYNAMO_RECOMPILE_LIMIT = 128
-KEPT_OPERATORS = frozenset({"flex_attention", "_c10d_functional::all_to_all_single"})
+# FlexAttention in a compiled block, and compiled alone in an eager one.
+KEPT_OPERATORS = frozenset({"flex_attention", "inductor_compiled_code", "_c10d_functional::all_to_all_single"})
 
 
 def parallelize(transformer: nn.Module, mesh: Mesh, cfg: JobConfig, role: str) -> None:

@@ -28,8 +28,8 @@ class LayerCache:
 
 @dataclass(frozen=True)
 class LayerPass:
-    """What one streaming pass of one layer reads and writes: views of its buffers, `[B, tokens, heads, head_dim]` each. Where
-    they lie in the buffer is no number here, so blocks with contexts of the same sizes share a compiled graph."""
+    """What one streaming pass of one layer reads and writes: views of its buffers, `[tokens, B, heads, head_dim]` as they lie
+    in memory. Where in the buffer is no number here, so blocks with contexts of the same sizes share a compiled graph."""
 
     keys: tuple[Tensor, ...]
     """Keys and values of the context, range by range."""
@@ -38,6 +38,7 @@ class LayerPass:
     """Where this pass leaves its own keys and values; empty: nowhere."""
     write_values: tuple[Tensor, ...]
     text_key: Tensor
+    """Of the text, `[B, text_len, heads, head_dim]`."""
     text_value: Tensor
     text: str
     """"compute": keys and values of the text from the embedding, as a pass with gradient must; "fill": and keep them;
@@ -48,14 +49,19 @@ class LayerPass:
     """The rotation for that; the network makes it."""
 
 
+def recall(ranges: Sequence[Tensor], fresh: Tensor) -> Tensor:
+    """A copy of the ranges `[tokens, B, ...]` of a buffer and of `fresh [B, S, ...]`, one behind the other `[B, S', ...]`."""
+    return torch.cat([*(tokens.transpose(0, 1) for tokens in ranges), fresh], dim=1)
+
+
 def store(ranges: Sequence[Tensor], fresh: Tensor) -> None:
-    """Write `fresh [B, S, ...]` into the ranges of a buffer, in their order."""
-    for target, part in zip(ranges, fresh.split([target.shape[1] for target in ranges], dim=1), strict=True):
-        target.copy_(part)
+    """Write `fresh [B, S, ...]` into the ranges `[tokens, B, ...]` of a buffer, in their order."""
+    for tokens, part in zip(ranges, fresh.split([tokens.shape[0] for tokens in ranges], dim=1), strict=True):
+        tokens.copy_(part.transpose(0, 1))
 
 
 def _ranges(buffer: Tensor, runs: Runs) -> tuple[Tensor, ...]:
-    return tuple(buffer[:, low:high] for low, high in runs)
+    return tuple(buffer.transpose(0, 1)[low:high] for low, high in runs)
 
 
 class KVCache:
@@ -94,11 +100,16 @@ class KVCache:
         self.first_frame = first_frame
         self.trained_frames = trained_frames
 
-        def empty(length: int, heads: int) -> Tensor:
-            return torch.empty(batch_size, length, heads, head_dim, device=device, dtype=dtype)
+        def empty(*sizes: int) -> Tensor:
+            return torch.empty(*sizes, head_dim, device=device, dtype=dtype)
 
-        video, text = (self.num_slots * tokens_per_frame, num_heads // num_shards), (text_len, num_heads)
-        self.layers = [LayerCache(empty(*video), empty(*video), empty(*text), empty(*text)) for _ in range(num_layers)]
+        def layer() -> LayerCache:
+            # Tokens first in memory: ranges of them do not interleave, which AOTAutograd would take for an overlap.
+            tokens, heads = self.num_slots * tokens_per_frame, num_heads // num_shards
+            key, value = (empty(tokens, batch_size, heads).transpose(0, 1) for _ in range(2))
+            return LayerCache(key, value, *(empty(batch_size, text_len, num_heads) for _ in range(2)))
+
+        self.layers = [layer() for _ in range(num_layers)]
         # Passes read through `.data`, which has a version counter of its own: a graph that saved a slot stays valid while
         # other slots are written.
         self._reading = [LayerCache(*(tensor.data for tensor in vars(layer).values())) for layer in self.layers]

@@ -98,6 +98,15 @@ SPLITS = {
     "hsdp 2 x 1": (2, {"parallelism__data_parallel_replicate_degree": 2}),
     "sequence 2": (2, {"parallelism__context_parallel_degree": 2}),
     "replicated student": (2, {"models.student.parallelism.data_parallel_shard_degree": 1}),
+    "sequence 2, selective, compiled": (
+        2,
+        {
+            "parallelism__context_parallel_degree": 2,
+            "activation_checkpoint__mode": "selective",
+            "compile__enable": True,
+            "compile__backend": "aot_eager",
+        },
+    ),
     "sequence 4": (4, {"parallelism__context_parallel_degree": 4}),
     "shard 2, sequence 2": (4, {"parallelism__context_parallel_degree": 2}),
     "hsdp 2 x 2": (4, {"parallelism__data_parallel_replicate_degree": 2}),
@@ -139,6 +148,7 @@ def run(setting, method: str, split: str) -> SimpleNamespace:
 METHODS = ["finetune", "dfsft", "dmd2", "self_forcing_direct", "self_forcing_replay"]
 QUICK = [(method, split) for method in METHODS[:4] for split in ("fsdp 2", "hsdp 2 x 1", "sequence 2")]
 QUICK += [("dmd2", "replicated student"), ("self_forcing_replay", "sequence 2")]
+QUICK += [("finetune", "sequence 2, selective, compiled")]
 
 
 @pytest.mark.parametrize(

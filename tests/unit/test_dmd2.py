@@ -367,12 +367,17 @@ def test_one_frame_has_no_motion(cache, tmp_path):
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("role", ["student", "teacher", "critic"])
 def test_values_that_are_not_finite_name_their_role(cache, tmp_path, role, value):
-    """And no other: what teacher and critic make of broken videos is not their fault."""
+    """And no other: what teacher and critic make of broken videos is not their fault. One broken frame is enough for no number
+    of the gradient to be used."""
     cfg = toy_config(cache, tmp_path, AUTHORS, method__teacher_guidance_scale=3.0)
 
     def x0(name):
-        broken = torch.tensor(value if name == role else 1.0)
-        return lambda noisy, sigma, cond: torch.ones_like(noisy) * broken
+        def answer(noisy, sigma, cond):
+            answers = torch.ones_like(noisy)
+            answers[0, 0] = value if name == role else 1.0
+            return answers
+
+        return answer
 
     module = Gaussian(0.0, 1.0)
     student = Role(x0=x0("student"), module=module)
@@ -380,6 +385,10 @@ def test_values_that_are_not_finite_name_their_role(cache, tmp_path, role, value
     method.single_train_step(batch_of(2), 6, "critic")
     loss, _ = method.single_train_step(batch_of(2), 7, "student")
     assert loss.isnan()
+    batch = batch_of(2)
+    prompts, streams = method.prompt_embeds(batch), method.streams(batch, 7, "student")
+    gradient, _ = method.score(method.generate(batch, prompts, streams, 7, "student"), prompts, streams, batch, 7)
+    assert gradient.isnan().all()
     assert re.match(rf"step 7: not finite: the videos of the {role}; nothing.*'0\.mp4'", method.not_finite(7))
 
 

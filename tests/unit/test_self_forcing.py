@@ -445,7 +445,7 @@ def test_the_cache_is_allocated_once(toys, mode):
         for step in range(1, 5):
             for role in ("student", "critic"):
                 method.single_train_step(prompts_batch(), step, role)[0].backward()
-    keys, text = (2, 9 * 4, 2, 16), (2, 8, 2, 16)
+    keys, text = (9 * 4, 2, 2, 16), (2, 8, 2, 16)
     assert made.shapes == [keys, keys, text, text] * 2
     with Allocations() as made:
         method.single_train_step(prompts_batch(3), 5, "critic")
@@ -576,7 +576,10 @@ def wrong_slot(patch) -> None:
         found, size = passes(self, start, end, write=write), (end - start) * self.tokens_per_frame
         if not write:
             return found
-        slots = [{"write_keys": (c.key[:, :size],), "write_values": (c.value[:, :size],)} for c in self.layers]
+        slots = [
+            {f"write_{name}s": kv_cache._ranges(getattr(layer, name), ((0, size),)) for name in ("key", "value")}
+            for layer in self.layers
+        ]
         return [dataclasses.replace(p, **slot) for p, slot in zip(found, slots, strict=True)]
 
     patch.setattr(KVCache, "passes", passing)

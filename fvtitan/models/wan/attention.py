@@ -196,11 +196,15 @@ def _block_mask(plan: BlockCausal, tokens: int, device: torch.device) -> BlockMa
     return create_block_mask(allowed, None, None, length, length, device=device)
 
 
+# The call is one operator then, which selective activation checkpointing can see and keep the output of.
+FLEX_OPTIONS = {"wrap_inductor_compiled_regions": True}
+
+
 @functools.cache
 def _compiled_flex():
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention)
+    return torch.compile(flex_attention, options=FLEX_OPTIONS)
 
 
 def _flex(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tensor:

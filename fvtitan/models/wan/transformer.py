@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from fvtitan.components.lora import linear
 from fvtitan.distributed.sequence_parallel import SequenceShard
 from fvtitan.flow_matching import NUM_TIMESTEPS
-from fvtitan.models.kv_cache import KVCache, LayerPass, store
+from fvtitan.models.kv_cache import KVCache, LayerPass, recall, store
 from fvtitan.models.wan.attention import (
     AttentionMask,
     BlockCausal,
@@ -154,8 +154,8 @@ class SelfAttention(Attention):
                 sink, *rest = stream.keys
                 if stream.sink_rope is not None:
                     sink = apply_rope(sink, stream.sink_rope)
-                k = torch.cat([sink, *rest, k], dim=1)
-                v = torch.cat([*stream.values, v], dim=1)
+                k = recall([sink, *rest], k)
+                v = recall(stream.values, v)
             if stream.write_keys:
                 store(stream.write_keys, fresh_k)
                 store(stream.write_values, fresh_v)
@@ -201,9 +201,7 @@ class Block(nn.Module):
         self.norm3 = nn.LayerNorm(cfg.dim, eps=cfg.eps) if cfg.cross_attn_norm else None
         self.ffn = FeedForward(cfg.dim, cfg.ffn_dim)
         self.modulation = nn.Parameter(torch.empty(1, 6, cfg.dim))
-        self.checkpoint: Callable[..., Tensor] | None = (
-            None  # set by parallelize.apply_ac; no wrapper, so names stay clean
-        )
+        self.checkpoint: Callable[..., Tensor] | None = None  # set by parallelize.apply_ac: runs `_forward`
 
     def forward(
         self,
