@@ -70,7 +70,7 @@ def _ema(setting: Setting, latents: tuple[int, ...]) -> Row:
     """Ours updates lists of local shards; the plain way is the same line on the DTensors."""
     with training(latents, setting) as (method, _):
         student = method.student.transformer
-        ema, plain = EMA(student, EMAConfig(enable=True)), EMA(student, EMAConfig(enable=True))
+        ema, plain = EMA(method.student, EMAConfig(enable=True)), EMA(method.student, EMAConfig(enable=True))
 
         def on_dtensors() -> None:
             torch._foreach_lerp_(list(plain.shadow.values()), [p.detach() for p in student.parameters()], 0.01)

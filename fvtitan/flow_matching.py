@@ -113,9 +113,9 @@ def sample_sigma(uniform: Tensor, schedule: ScheduleConfig) -> Tensor:
 @functools.cache
 def _bell_constants(shift: float) -> tuple[float, float]:
     """Minimum of the bell over the 1000 levels of the shifted grid, and its mean above that minimum."""
-    sigma = shift_sigma(torch.arange(1, NUM_TIMESTEPS + 1, dtype=torch.float64) / NUM_TIMESTEPS, shift)
-    y = torch.exp(-2 * (sigma - 0.5) ** 2)
-    return float(y.min()), float((y - y.min()).mean())
+    sigmas = [shift_sigma(i / NUM_TIMESTEPS, shift) for i in range(1, NUM_TIMESTEPS + 1)]
+    bell = [math.exp(-2 * (sigma - 0.5) ** 2) for sigma in sigmas]
+    return min(bell), math.fsum(y - min(bell) for y in bell) / len(bell)
 
 
 def loss_weight(sigma: Tensor, kind: Literal["none", "bell"], shift: float) -> Tensor:

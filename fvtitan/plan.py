@@ -7,7 +7,7 @@ peers. Networks deeper than 4 blocks are run with 3 and with 4, and continued: e
 what the code does, under its checkpointing, sharding and sequence parallelism; torch.compile, which saves some more, is left
 out.
 
-Exit status: 0 it fits, 1 it does not, or the recipe is wrong.
+Exit status: 0 it fits, 1 it does not, 2 the recipe is wrong.
 """
 
 from __future__ import annotations

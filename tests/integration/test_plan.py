@@ -3,7 +3,10 @@ statuses."""
 
 from __future__ import annotations
 
+import dataclasses
 import gc
+import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,15 +18,15 @@ from fvtitan import plan
 from fvtitan.config import JobConfig
 from fvtitan.distributed.mesh import Mesh
 from fvtitan.distributed.utils import clip_grad_norm
+from fvtitan.errors import cli
 from fvtitan.methods import METHODS
 from fvtitan.models import build_roles
 from fvtitan.models.wan import transformer
 from fvtitan.models.wan.transformer import WanConfig
-from tests.helpers import dmd2_recipe, make_cache, small_config
+from tests.helpers import ROOT, dmd2_recipe, make_cache, small_config
 
-MID = WanConfig(
-    num_layers=7, num_heads=4, head_dim=64, ffn_dim=1024, text_dim=64, text_len=32
-)  # deeper than what is run
+# Deeper than what is run; activations outweigh the rest, as they do at scale.
+MID = WanConfig(num_layers=7, num_heads=4, head_dim=32, ffn_dim=256, text_dim=64, text_len=32)
 RATES = plan.Rates(989e12, 300e9, 50e9)
 
 
@@ -38,18 +41,19 @@ def flavors(monkeypatch):
 
 
 def configured(cache: Path, folder: Path, method: str, flavor: str, mode: str) -> JobConfig:
-    """Eight videos of 9 latent frames of 64 x 64 pixels: activations outweigh the rest, as they do at scale."""
+    """Two videos of 9 latent frames of 128 x 128 pixels, 576 tokens each."""
     roles = ("student", "teacher", "critic") if method == "dmd2" else ("student",)
     keys = {
         "data__num_frames": 33,
-        "data__height": 64,
-        "data__width": 64,
+        "data__height": 128,
+        "data__width": 128,
         "training__local_batch_size": 2,
         "training__global_batch_size": 2,
         "activation_checkpoint__mode": mode,
         "ema__enable": False,
         **{f"models.{role}.flavor": flavor for role in roles},
     }
+    folder.mkdir(exist_ok=True)
     if method == "dmd2":
         keys["job__config_file"] = dmd2_recipe(folder, dict.fromkeys(roles, {"init_from": "x"}), denoising_steps=[1000])
     cfg = small_config(cache, folder / "run", **keys)
@@ -77,11 +81,7 @@ def tracked_peak(cfg: JobConfig) -> float:
     models = build_roles(cfg, Mesh(cfg, "cpu"), torch.device("cpu"))
     method = METHODS[cfg.method.name](cfg=cfg, role_models=models)
     method.on_train_start()
-    frames, height, width = cfg.data.latent_size()
-    sample = {"latents": torch.zeros(frames, 16, height, width), "prompt_embeds": torch.zeros(32, 64)}
-    samples = plan._Samples(cfg, plan.role_sizes(cfg)["student"])
-    batch = samples.batch(cfg)
-    assert batch["latents"].shape[1:] == sample["latents"].shape
+    batch = plan._Samples(cfg, plan.role_sizes(cfg)["student"]).batch(cfg)
 
     def step() -> None:
         for role in method.phases(1):
@@ -114,5 +114,144 @@ def test_memory_is_what_a_real_step_takes(cache, tmp_path, flavors, method, flav
         peak = tracked_peak(cfg)
     finally:
         dist.destroy_process_group()
-    print(method, flavor, mode, planned / 2**20, peak / 2**20, planned / peak)
-    assert planned == pytest.approx(peak, rel=0.1)
+    assert planned == pytest.approx(peak, rel=0.03)
+
+
+def test_checkpointing_saves_memory(cache, tmp_path, flavors):
+    peaks = []
+    for mode in ("none", "selective", "full"):
+        cfg = configured(cache, tmp_path / mode, "finetune", "mid", mode)
+        with plan.fake_job(1):
+            peaks.append(plan.make_plan(cfg, 1, RATES).peak)
+    assert peaks[0] > 1.5 * peaks[1] and peaks[1] > 1.01 * peaks[2]
+
+
+def test_what_is_continued_is_what_is_run(cache, tmp_path, flavors, monkeypatch):
+    """Seven blocks from three and four, and all seven: memory, calls and bytes, with two kinds of depth."""
+    cfg = configured(cache, tmp_path, "dmd2", "mid", "full")
+    cfg.models["critic"].flavor = "tiny"
+    cfg.training.global_batch_size = 4
+    plans = []
+    for depth in (plan.COUNTED_DEPTH, 7):
+        monkeypatch.setattr(plan, "COUNTED_DEPTH", depth)
+        with plan.fake_job(2):
+            plans.append(plan.make_plan(cfg, 2, RATES))
+    continued, whole = plans
+    assert continued.peak == pytest.approx(whole.peak, rel=1e-2)
+    for role, phase in whole.phases.items():
+        assert continued.phases[role].calls == pytest.approx(phase.calls)
+        assert continued.phases[role].traffic == pytest.approx(phase.traffic)
+        assert dataclasses.astuple(continued.roles[role]) == pytest.approx(dataclasses.astuple(whole.roles[role]))
+
+
+# -------------------------------------------------------------------------------------------------------- collectives
+
+
+def calls(cfg: JobConfig, world_size: int) -> dict[str, dict[str, float]]:
+    with plan.fake_job(world_size):
+        phases = plan.make_plan(cfg, world_size, RATES).phases
+    return {
+        role: {name: round(n) for name, n in phase.calls.items() if name != "all-reduce"}
+        for role, phase in phases.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("mode", "exchanges"), [("none", 8), ("selective", 8), ("full", 12)], ids=["none", "selective", "full"]
+)
+def test_collectives_of_fine_tuning(cache, tmp_path, mode, exchanges):
+    """L + 1 all-gathers forward, L + 1 all-gathers and L + 1 reduce-scatters backward, whatever is recomputed. Ranks that
+    share a sequence exchange 4 times a block forward and 4 times backward, and put the output together once; what selective
+    checkpointing keeps is not exchanged again."""
+    cfg = configured(cache, tmp_path, "finetune", "tiny", mode)
+    cfg.training.local_batch_size = 1
+    assert calls(cfg, 2) == {"student": {"all-gather": 10, "reduce-scatter": 5}}
+    cfg.training.local_batch_size = 2
+    cfg.parallelism.context_parallel_degree = 2
+    assert calls(cfg, 2) == {"student": {"all-gather": 11, "reduce-scatter": 5, "all-to-all": 4 * exchanges}}
+
+
+def test_collectives_of_dmd2(cache, tmp_path):
+    """One rung: the student's phase gathers the student twice, critic and teacher (two branches) once a forward; the critic's
+    the student once. Nobody's gradients are reduced but those of the phase."""
+    cfg = configured(cache, tmp_path, "dmd2", "tiny", "none")
+    cfg.training.local_batch_size = 1
+    student, critic = 5 + 5 + 5 + 2 * 5, 5 + 5 + 5
+    assert calls(cfg, 2) == {
+        "student": {"all-gather": student, "reduce-scatter": 5},
+        "critic": {"all-gather": critic, "reduce-scatter": 5},
+    }
+
+
+def test_deferred_reduction_holds_whole_gradients(cache, tmp_path):
+    cfg = configured(cache, tmp_path, "finetune", "tiny", "none")
+    cfg.training.local_batch_size, cfg.training.global_batch_size = 1, 8
+    assert calls(cfg, 2)["student"] == {"all-gather": 40, "reduce-scatter": 20}  # four micro-batches
+    with plan.fake_job(2):
+        reduced = plan.make_plan(cfg, 2, RATES).peak
+        cfg.parallelism.defer_grad_sync = True
+        deferred = plan.make_plan(cfg, 2, RATES).peak
+    assert deferred > reduced
+
+
+# --------------------------------------------------------------------------------------------------------- the program
+
+
+def run(monkeypatch, capsys, *arguments: object) -> tuple[int, str, str]:
+    monkeypatch.setattr(sys, "argv", ["plan.py", *map(str, arguments)])
+    with pytest.raises(SystemExit) as exit_:
+        cli(plan.main)
+    output = capsys.readouterr()
+    return int(exit_.value.code or 0), output.out, output.err
+
+
+SMALL_CLIPS = ("--data.height", 32, "--data.width", 32, "--training.local_batch_size", 4)
+RECIPES = sorted((ROOT / "train_configs").glob("tiny_*.toml"))
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=[path.stem for path in RECIPES])
+def test_every_method_can_be_planned(monkeypatch, capsys, recipe):
+    """On two GPUs. A recipe that goes on from another's result gets the shipped weights' sizes."""
+    keys = ["--models.student.init_from", "tiny-wan"] if 'init_from = "outputs' in recipe.read_text() else []
+    status, out, err = run(monkeypatch, capsys, recipe, "--world-size", 2, "--no-switches", *SMALL_CLIPS, *keys)
+    assert status == 0 and not err, err
+    assert "it fits" in out and "tokens/s a GPU" in out
+    assert ("critic phase" in out) == ("[models.critic]" in recipe.read_text())
+
+
+def test_exit_status_and_switches(monkeypatch, capsys):
+    recipe = ROOT / "train_configs/tiny_finetune.toml"
+    status, out, _ = run(
+        monkeypatch, capsys, recipe, "--world-size", 2, "--memory", 0.05, "--training.local_batch_size", 4
+    )
+    assert status == 1 and "it does NOT fit" in out
+    switch = "activation_checkpoint.mode = full"
+    assert re.search(rf"{switch} +-0", out) and f"buys the most: {switch}" in out
+    assert "parallelism.context_parallel_degree = 2" in out and "parallelism.context_parallel_degree = 4" not in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--world-size", 3), "training.global_batch_size = 8: must be a multiple of"),
+        (("--world-size", 0), "--world-size 0: must be > 0"),
+        (("--parallelism.context_parallel_degree", 8, "--world-size", 8), "must divide the 4 heads of models.student"),
+        (("--trainig.steps", 3), "trainig"),
+    ],
+)
+def test_what_is_wrong_with_a_recipe(monkeypatch, capsys, arguments, message):
+    status, out, err = run(monkeypatch, capsys, ROOT / "train_configs/tiny_finetune.toml", *arguments)
+    assert status == 2 and message in err and len(err.splitlines()) == 1, err
+
+
+def test_the_best_switch():
+    """The least memory when the plan does not fit; else the least time among those that fit."""
+
+    def planned(peak: float, seconds: float) -> plan.Plan:
+        times = {"compute": seconds, "sharding": 0.0, "sequence": 0.0}
+        return plan.Plan({}, {"student": plan.Phase(peak)}, {}, {}, 1, 1, 1, times)
+
+    others = {"a": planned(5, 3), "b": planned(7, 1), "c": planned(12, 0.5)}
+    assert plan.best_switch(planned(11, 2), others, room=10) == "a"
+    assert plan.best_switch(planned(9, 2), others, room=10) == "b"
+    assert plan.best_switch(planned(9, 0.9), others, room=10) is None
