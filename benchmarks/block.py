@@ -49,7 +49,7 @@ def _rows(cfg: WanConfig, latents: tuple[int, ...], setting: Setting, label: str
         rows.append(compare(times, *pair, what=f"{label}compiled", target=1.0, error=errors[pair[0]]))
         rows.append(compare(times, "fvtitan compiled", "fvtitan", what=f"{label}fvtitan: compiled / eager"))
     if setting.is_gpu:
-        work = roofline.Work(*roofline.block_flops(cfg, models.num_tokens(latents)), backward=True)
+        work = roofline.Work(roofline.block(cfg, latents), backward=True)
         rows += [absolute(f"{label}{name}", times, name, work) for name in times]
     return rows
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from benchmarks import roofline
 from benchmarks.harness import Result, Row, Setting, absolute, compare, gate, interleave
+from fvtitan.flops import Flops
 from fvtitan.models.wan.attention import BlockCausal, attend, prepare
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -79,6 +80,6 @@ def _rows(label: str, steps: dict, errors: dict[str, float], length: int, share:
     if setting.is_gpu:
         for name in times:
             visible = 1.0 if name in ("full", "dense mask") else share
-            flops = 4 * length**2 * 12 * 128 * visible
-            rows.append(absolute(f"{label}: {name}", times, name, roofline.Work(0, flops, "backward" in label)))
+            flops = Flops(self_attention=4 * length**2 * 12 * 128 * visible)
+            rows.append(absolute(f"{label}: {name}", times, name, roofline.Work(flops, "backward" in label)))
     return rows

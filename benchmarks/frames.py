@@ -41,8 +41,9 @@ def run(setting: Setting) -> Result:
     tokens = [models.num_tokens((frames, *grid)) for frames in FRAMES]
     steps |= _parts(network, cfg, (1, FRAMES[2], *grid), setting)
     times = interleave(steps, setting)
-    linear, attention = roofline.forward_flops(cfg, tokens[2])
-    expected = _fit(tokens, [sum(roofline.forward_flops(cfg, count)) for count in tokens])
+    closed = [roofline.network(cfg, (frames, *grid)) for frames in FRAMES]
+    attention, linear = closed[2].attention, closed[2].total - closed[2].attention
+    expected = _fit(tokens, [flops.total for flops in closed])
 
     def ratios(rounds: Sequence[int]) -> tuple[float, float, float]:
         """Of the medians over some rounds."""
@@ -64,8 +65,8 @@ def run(setting: Setting) -> Result:
         values = sorted(values)
         rows.append(Row(what, value, (values[10], values[-11]), predicted=1.0))  # bootstrap over the rounds
     if setting.is_gpu:
-        works = [roofline.Work(*roofline.forward_flops(cfg, count)) for count in tokens]
-        rows += [absolute(f"{f} frames", times, str(f), w) for f, w in zip(FRAMES, works, strict=True)]
+        pairs = zip(FRAMES, closed, strict=True)
+        rows += [absolute(f"{f} frames", times, str(f), roofline.Work(flops)) for f, flops in pairs]
     size = f"{cfg.num_layers} layers, d = {cfg.dim}, {FRAMES} latent frames, S = {tokens[0]} - {tokens[-1]}, forward"
     return Result("time against the number of frames", size, rows)
 

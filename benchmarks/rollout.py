@@ -10,9 +10,10 @@ from torch import Tensor
 from benchmarks import models, roofline
 from benchmarks.harness import Result, Row, Setting, absolute, compare, gate, interleave
 from fvtitan.config import RoleConfig
+from fvtitan.flops import Flops
 from fvtitan.flow_matching import ScheduleConfig, few_step_ladder
 from fvtitan.models.base import Conditioning
-from fvtitan.models.blocks import block_starts
+from fvtitan.models.blocks import CausalConfig, block_starts
 from fvtitan.models.wan.model import WanCausalModel
 from fvtitan.models.wan.transformer import WanConfig
 from fvtitan.samplers import SamplerSpec, level, solve, stream
@@ -83,14 +84,10 @@ def _recomputed(model: WanCausalModel, noise: Tensor, cond: Conditioning, fresh:
 
 def _work(cfg: WanConfig, shape: tuple[int, ...], blocks: int, *, cached: bool) -> roofline.Work:
     """FLOPs of a rollout: with the cache every pass is one block that sees all blocks so far."""
-    tokens, rungs = models.num_tokens(shape) // blocks, len(SPEC.sigmas) - 1
-    linear = attention = 0.0
-    for number in range(1, blocks + 1):
-        if cached:
-            passes = rungs + (number < blocks)
-            a, b = roofline.forward_flops(cfg, tokens, visible=number)
-        else:
-            passes = rungs
-            a, b = roofline.forward_flops(cfg, number * tokens, visible=(number + 1) / (2 * number))
-        linear, attention = linear + passes * a, attention + passes * b
-    return roofline.Work(linear, attention)
+    causal, rungs = CausalConfig(FRAMES_PER_BLOCK), len(SPEC.sigmas) - 1
+    if cached:
+        forwards = (*[rungs + 1.0] * (blocks - 1), float(rungs))
+        return roofline.Work(roofline.network(cfg, shape, causal, attention="streaming", forwards=forwards, texts=1.0))
+    lengths = [(FRAMES_PER_BLOCK * (number + 1), *shape[2:]) for number in range(blocks)]
+    whole = [roofline.network(cfg, length, causal, attention="block_causal") for length in lengths]
+    return roofline.Work(sum(whole, Flops()) * rungs)

@@ -16,7 +16,6 @@ from fvtitan.distributed.parallelize import apply_ac
 from fvtitan.methods.base import TrainingMethod
 
 KERNELS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
-RECOMPUTES = {"none": (False, False), "selective": (True, False), "full": (True, True)}  # linear layers, attention
 
 
 def run(setting: Setting) -> Result:
@@ -80,18 +79,18 @@ def _on_gpu(setting: Setting) -> list[Row]:
     for tokens, latents in models.GPU_LATENTS.items():
         modes = ["selective", "full"] if tokens > 10000 else ["none", "selective", "full"]  # none: 129 GiB
         with training(latents, setting, compile__enable=True) as (method, batch):
-            linear, attention = roofline.forward_flops(method.student.transformer.cfg, tokens)
+            forward = roofline.network(method.student.transformer.cfg, latents)
             for mode in modes:
                 for name, kernel in KERNELS.items():
                     apply_ac(method.student.transformer, mode)
                     with sdpa_kernel([kernel, SDPBackend.MATH], set_priority=True):
                         step = functools.partial(bare_step, method, batch, 1)
                         times = interleave({"fvtitan": step}, setting, warmup=3)
-                    work = roofline.Work(linear, attention, True, *RECOMPUTES[mode], kernel=name)
+                    work = roofline.Work(forward, True, mode, name)
                     rows.append(absolute(f"fvtitan, S = {tokens}, AC {mode}, {name}", times, "fvtitan", work))
             twin = models.diffusers_twin(models.unsharded(method.student.transformer))
             twin.enable_gradient_checkpointing()
             times = interleave({"diffusers": _diffusers_step(twin, method, batch)}, setting, warmup=3)
-            work = roofline.Work(linear, attention, True, True, True)
+            work = roofline.Work(forward, True, "full")
             rows.append(absolute(f"diffusers, S = {tokens}, full checkpointing, eager", times, "diffusers", work))
     return rows

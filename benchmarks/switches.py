@@ -11,7 +11,6 @@ from torch.distributed.tensor import DTensor
 
 from benchmarks import models, roofline
 from benchmarks.harness import Result, Row, Setting, absolute, compare, gate, interleave
-from benchmarks.sft_step import RECOMPUTES
 from benchmarks.training import training
 from fvtitan.components.ema import EMA, EMAConfig
 from fvtitan.config import ActivationCheckpointSection
@@ -33,18 +32,18 @@ def run(setting: Setting) -> Result:
         apply_ac(network, mode)
     if not setting.quick:
         networks["compiled"] = models.transformer(cfg, setting)
-        apply_compile(networks["compiled"])
+        apply_compile(networks["compiled"], "inductor")
     steps = {name: _step(network, inputs) for name, network in networks.items()}
     outputs = {name: step() for name, step in steps.items()}
     tolerance = 3e-2 if setting.is_gpu else 1e-4
     errors = {name: gate(output, outputs["AC none"], tolerance, name) for name, output in outputs.items()}
     times = interleave(steps, setting)
-    flops = roofline.forward_flops(cfg, models.num_tokens(latents))
-    plain = roofline.Work(*flops, backward=True).flops
+    forward = roofline.network(cfg, latents)
+    plain = roofline.Work(forward, backward=True).flops
     rows = []
     for name in times:
-        recompute = RECOMPUTES.get(name.removeprefix("AC "), (False, False))
-        work = roofline.Work(*flops, True, *recompute)
+        mode = name.removeprefix("AC ") if name.startswith("AC ") else "none"
+        work = roofline.Work(forward, True, mode)
         if name != "AC none":
             what, ratio = f"{name} / none", work.flops / plain
             rows.append(compare(times, name, "AC none", what=what, error=errors[name], predicted=ratio))

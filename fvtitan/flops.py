@@ -182,6 +182,27 @@ def role_flops(cfg: JobConfig, p: Pass, sizes: Mapping[str, WanConfig], height: 
     return forward_flops(p, sizes[p.role], causal, height, width, lora)
 
 
+GEMM_SHARE = 0.66
+"""What large bf16 matrix products reach of an H100's peak (650 TFLOP/s)."""
+ATTENTION_SHARES = {"cudnn": (0.60, 0.52), "flash": (0.375, 0.325)}
+"""The same for attention by kernel, (forward, backward), at head size 128 and 16k tokens (FlashAttention-3,
+arXiv:2407.08608)."""
+
+
+def roofline_seconds(
+    forward: Flops, peak: float, *, gradient: bool = False, mode: str = "none", kernel: str = "cudnn"
+) -> float:
+    """How long a GPU of so many FLOP/s needs for forwards, with their backwards and what these recompute under
+    `activation_checkpoint.mode`, at the rates above. A fused attention's backward makes its scores again: 2.5 forwards."""
+    again = forward.recomputed(mode) if gradient else 0.0
+    attention_again = forward.attention if again and mode == "full" else 0.0
+    backward = forward.backward - 2 * forward.attention if gradient else 0.0
+    linear = forward.total - forward.attention + backward + again - attention_again
+    ahead, back = (share * peak for share in ATTENTION_SHARES[kernel])
+    attended = (forward.attention + attention_again) / ahead + (2.5 * forward.attention / back if gradient else 0.0)
+    return linear / (GEMM_SHARE * peak) + attended
+
+
 def device_rates(flops: PhaseFlops, seconds: float, num_devices: int, peak_tflops: float = 0.0) -> dict[str, float]:
     """`perf/...` of the whole job's FLOPs in so many seconds: model TFLOP/s a device and, where the peak is known (not 0),
     the shares of it that the model's (MFU) and the hardware's (HFU) are."""

@@ -19,7 +19,7 @@ import dataclasses
 import gc
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,6 +37,7 @@ from fvtitan.distributed.utils import clip_grad_norm, local_tensor
 from fvtitan.errors import UserError, cli
 from fvtitan.methods import METHODS
 from fvtitan.methods.base import TrainingMethod
+from fvtitan.methods.passes import Pass
 from fvtitan.models import build_roles
 from fvtitan.models.base import ModelBase
 from fvtitan.models.wan import attention, weights
@@ -45,8 +46,6 @@ from fvtitan.models.wan.transformer import WanConfig
 GIB = 2**30
 RESERVE = 0.06
 """Share of a GPU's memory that CUDA's context, NCCL's buffers and the allocator's gaps take."""
-LINEAR_RATE, ATTENTION_RATE = 0.66, 0.55
-"""Shares of the peak that large matrix products and cuDNN's attention (forward and backward) reach on Hopper."""
 COUNTED_DEPTH = 4
 GPUS_OF_A_NODE = 8
 
@@ -365,19 +364,16 @@ class Rates:
     between_nodes: float
     """The same, from other nodes."""
 
-    def compute_seconds(self, cfg: JobConfig, passes: list, sizes: Mapping[str, WanConfig]) -> float:
-        """Of one video on one GPU. A fused attention's backward makes the scores again: 2.5 forwards instead of 2."""
+    def compute_seconds(self, cfg: JobConfig, passes: Sequence[Pass], sizes: Mapping[str, WanConfig]) -> float:
+        """Of one video on one GPU."""
         _, height, width = cfg.data.latent_size()
-        mode, total = cfg.activation_checkpoint.mode, 0.0
-        for p in passes:
-            forward = flops.role_flops(cfg, p, sizes, height, width)
-            again = forward.recomputed(mode) if p.gradient else 0.0
-            attention_again = forward.attention if again and mode == "full" else 0.0
-            attended = (3.5 if p.gradient else 1) * forward.attention + attention_again
-            backward = forward.backward - 2 * forward.attention if p.gradient else 0.0
-            linear = forward.total - forward.attention + backward + again - attention_again
-            total += linear / (LINEAR_RATE * self.peak) + attended / (ATTENTION_RATE * self.peak)
-        return total
+        mode = cfg.activation_checkpoint.mode
+        return sum(
+            flops.roofline_seconds(
+                flops.role_flops(cfg, p, sizes, height, width), self.peak, gradient=p.gradient, mode=mode
+            )
+            for p in passes
+        )
 
 
 # --------------------------------------------------------------------------------------------------------- switches

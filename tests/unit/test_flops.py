@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fvtitan.config import RoleConfig
 from fvtitan.distributed.mesh import Mesh
-from fvtitan.flops import Flops, PhaseFlops, device_rates, forward_flops, named_peak, phase_flops
+from fvtitan.flops import Flops, PhaseFlops, device_rates, forward_flops, named_peak, phase_flops, roofline_seconds
 from fvtitan.flow_matching import ScheduleConfig
 from fvtitan.methods import METHODS
 from fvtitan.methods.base import TrainingMethod
@@ -334,6 +334,22 @@ def test_selective_checkpointing_repeats_the_matrices_alone(cache, tmp_path):
 
 
 # --------------------------------------------------------------------------------------------------------------- rates
+
+
+@pytest.mark.parametrize(
+    ("flavor", "kernel", "seconds"),
+    [
+        ("1.3B", "cudnn", [1.69, 1.82, 2.15]),
+        ("1.3B", "flash", [2.48, 2.61, 3.15]),
+        ("14B", "cudnn", [9.45, 10.7, 12.2]),
+    ],
+)
+def test_the_roofline_of_a_training_step(flavor, kernel, seconds):
+    """A step on 81 frames of 480 x 832 on an H100 without checkpointing, selective and full, worked out by hand."""
+    forward = forward_flops(Pass("student", FRAMES), FLAVORS[flavor], None, HEIGHT, WIDTH)
+    modes = ("none", "selective", "full")
+    found = [roofline_seconds(forward, 989e12, gradient=True, mode=mode, kernel=kernel) for mode in modes]
+    assert found == pytest.approx(seconds, rel=0.01)
 
 
 def test_rates_of_a_device():
