@@ -447,11 +447,12 @@ def report(cfg: JobConfig, plan: Plan, world_size: int, memory: float, rates: Ra
     frames, height, width = cfg.data.latent_size()
     first = next(iter(cfg.models))
     replicate, shard = cfg.data_parallel_degrees(world_size, first)
+    share = f"every {plan.sequence} GPUs that share a sequence" if plan.sequence > 1 else "each GPU"
     lines = [
         f"{cfg.job.config_file}: {cfg.method.name} on {world_size} GPUs of {memory / GIB:.0f} GiB",
         f"  replicate {replicate} x shard {shard} x sequence {plan.sequence}; checkpointing {cfg.activation_checkpoint.mode}; "
-        f"videos of {frames} x {height} x {width} latents, {plan.tokens} tokens; {plan.videos} a step for "
-        f"{plan.sequence} GPU{'s' if plan.sequence > 1 else ''}",
+        f"{plan.videos} video{'s' if plan.videos > 1 else ''} a step on {share}, each {frames} x {height} x {width} latents = "
+        f"{plan.tokens:,} tokens",
         "",
         f"  {'GiB on each GPU':<28}{'parameters':>12}{'gradients':>12}{'optimizer':>12}{'average':>12}",
     ]

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch.distributed._tools.mem_tracker import MemTracker
 
 from fvtitan import plan
-from fvtitan.config import JobConfig
+from fvtitan.config import JobConfig, load_config
 from fvtitan.distributed.mesh import Mesh
 from fvtitan.distributed.utils import clip_grad_norm
 from fvtitan.errors import cli
@@ -217,6 +217,24 @@ def test_every_method_can_be_planned(monkeypatch, capsys, recipe):
     assert status == 0 and not err, err
     assert "it fits" in out and "tokens/s a GPU" in out
     assert ("critic phase" in out) == ("[models.critic]" in recipe.read_text())
+
+
+LARGE = sorted((ROOT / "train_configs").glob("wan2.1_*.toml"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", LARGE, ids=[path.stem for path in LARGE])
+def test_the_large_recipes_fit_where_their_headers_say(recipe):
+    header = " ".join(recipe.read_text().split("[job]")[0].replace("#", " ").split())
+    gpus, memory, gib, seconds = re.search(
+        r"(\d+) GPUs of (\d+) GB.*fvtitan\.plan: (\d+) GiB of each(?: GPU)?, ([\d.]+) s a step at best", header
+    ).groups()
+    cfg = load_config(["--job.config_file", str(recipe)], world_size=int(gpus))
+    with plan.fake_job(int(gpus)):
+        planned = plan.make_plan(cfg, int(gpus), RATES)
+    assert planned.peak < (1 - plan.RESERVE) * int(memory) * plan.GIB
+    assert planned.peak / plan.GIB == pytest.approx(float(gib), abs=0.6)
+    assert planned.step_seconds == pytest.approx(float(seconds), rel=0.02)
 
 
 def test_exit_status_and_switches(monkeypatch, capsys):

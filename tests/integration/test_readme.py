@@ -39,6 +39,7 @@ SMALL = {
     r"run_train\.sh|train\.py": SMALL_TRAINING,
     r"fvtitan\.score": "--num-videos 2 --steps 2",
     r"moving_shapes render": "--num-clips 4",
+    r"fvtitan\.plan": "--no-switches --data.num_frames 5 --data.height 64 --data.width 64",
 }
 
 
