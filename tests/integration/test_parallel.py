@@ -146,9 +146,9 @@ def run(setting, method: str, split: str) -> SimpleNamespace:
 
 
 METHODS = ["finetune", "dfsft", "dmd2", "self_forcing_direct", "self_forcing_replay"]
-QUICK = [(method, split) for method in METHODS[:4] for split in ("fsdp 2", "hsdp 2 x 1", "sequence 2")]
-QUICK += [("dmd2", "replicated student"), ("self_forcing_replay", "sequence 2")]
-QUICK += [("finetune", "sequence 2, selective, compiled")]
+QUICK = [(method, "sequence 2") for method in METHODS]
+QUICK += [(method, "hsdp 2 x 1") for method in ("finetune", "dmd2")]
+QUICK += [("finetune", "sequence 2, selective, compiled"), ("dmd2", "replicated student")]
 
 
 @pytest.mark.parametrize(

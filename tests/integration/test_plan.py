@@ -102,9 +102,14 @@ def tracked_peak(cfg: JobConfig) -> float:
     return tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
 
 
-@pytest.mark.parametrize("mode", ["none", "selective", "full"])
-@pytest.mark.parametrize("flavor", ["tiny", "mid"])
-@pytest.mark.parametrize("method", ["finetune", "dmd2"])
+QUICK = ["finetune mid selective", "dmd2 tiny full"]
+CASES = [(m, f, ac) for m in ("finetune", "dmd2") for f in ("tiny", "mid") for ac in ("none", "selective", "full")]
+
+
+@pytest.mark.parametrize(
+    ("method", "flavor", "mode"),
+    [pytest.param(*case, marks=[] if " ".join(case) in QUICK else [pytest.mark.slow]) for case in CASES],
+)
 def test_memory_is_what_a_real_step_takes(cache, tmp_path, flavors, method, flavor, mode):
     cfg = configured(cache, tmp_path, method, flavor, mode)
     with plan.fake_job(1):
@@ -126,10 +131,12 @@ def test_checkpointing_saves_memory(cache, tmp_path, flavors):
     assert peaks[0] > 1.5 * peaks[1] and peaks[1] > 1.01 * peaks[2]
 
 
-def test_what_is_continued_is_what_is_run(cache, tmp_path, flavors, monkeypatch):
-    """Seven blocks from three and four, and all seven: memory, calls and bytes, with two kinds of depth."""
-    cfg = configured(cache, tmp_path, "dmd2", "mid", "full")
-    cfg.models["critic"].flavor = "tiny"
+@pytest.mark.parametrize("method", ["finetune", pytest.param("dmd2", marks=pytest.mark.slow)])
+def test_what_is_continued_is_what_is_run(cache, tmp_path, flavors, monkeypatch, method):
+    """Seven blocks from three and four, and all seven: memory, calls and bytes; with two kinds of depth."""
+    cfg = configured(cache, tmp_path, method, "mid", "full")
+    if method == "dmd2":
+        cfg.models["critic"].flavor = "tiny"
     cfg.training.global_batch_size = 4
     plans = []
     for depth in (plan.COUNTED_DEPTH, 7):
@@ -209,7 +216,17 @@ SMALL_CLIPS = ("--data.height", 32, "--data.width", 32, "--training.local_batch_
 RECIPES = sorted((ROOT / "train_configs").glob("tiny_*.toml"))
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=[path.stem for path in RECIPES])
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        pytest.param(
+            path,
+            id=path.stem,
+            marks=[] if path.stem == "tiny_self_forcing" else [pytest.mark.slow],
+        )
+        for path in RECIPES
+    ],
+)
 def test_every_method_can_be_planned(monkeypatch, capsys, recipe):
     """On two GPUs. A recipe that goes on from another's result gets the shipped weights' sizes."""
     keys = ["--models.student.init_from", "tiny-wan"] if 'init_from = "outputs' in recipe.read_text() else []
