@@ -12,6 +12,7 @@ can execute code is unpickled.
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import io
 import json
@@ -88,11 +89,17 @@ class Checkpointer:
     `random_state` is each rank's own; all other plain values are taken to be equal everywhere.
     All methods but `steps`, `latest_step` and `path` are collective: every rank calls them, and an error on one rank
     is raised on all. `keep_latest_k` = 0 keeps everything. `async_mode` "async" copies the state and writes it in the
-    background: call `maybe_finish()` every step and `close()` at the end, or its errors stay unseen.
+    background: call `maybe_finish()` every step and `close()` at the end, or its errors stay unseen. `timeout`: how long
+    a rank waits for the others; None: torch's 30 minutes.
     """
 
     def __init__(
-        self, folder: str | Path, *, keep_latest_k: int = 0, async_mode: Literal["disabled", "async"] = "disabled"
+        self,
+        folder: str | Path,
+        *,
+        keep_latest_k: int = 0,
+        async_mode: Literal["disabled", "async"] = "disabled",
+        timeout: datetime.timedelta | None = None,
     ) -> None:
         if keep_latest_k < 0 or keep_latest_k == 1:
             raise UserError(
@@ -105,7 +112,7 @@ class Checkpointer:
         self.rank = dist.get_rank() if distributed else 0
         self.world_size = dist.get_world_size() if distributed else 1
         # Its own group: a write in the background must not mix its collectives with those of training.
-        self._group = dist.new_group(backend="gloo") if distributed else None
+        self._group = dist.new_group(backend="gloo", timeout=timeout) if distributed else None
         self._loaded_from: Path | None = None
         self._pending: Future[None] | None = None
         self._stager = self._executor = None
