@@ -36,7 +36,7 @@ from torch.distributed.checkpoint import filesystem, metadata
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
 
 from fvtitan.components.files import fsync_path, write_atomic
 from fvtitan.components.stateful import (
@@ -248,8 +248,8 @@ class Checkpointer:
         write_atomic(temporary / _MARKER, "written by fvtitan; without manifest.json it is incomplete\n")
 
     def _bytes(self, tensors: dict[str, Tensor]) -> int:
-        """What this rank writes: its shards, and on rank 0 what is the same everywhere."""
-        mine = [t for t in tensors.values() if isinstance(t, DTensor) or self.rank == 0]
+        """What this rank writes: its shards, of copies the first, and on rank 0 what is the same everywhere."""
+        mine = [t for t in tensors.values() if (_is_first_copy(t) if isinstance(t, DTensor) else self.rank == 0)]
         return sum(local_tensor(t).numel() * t.element_size() for t in mine)
 
     def _check_space(self, needed: int) -> None:
@@ -422,6 +422,12 @@ def _portable(error: Exception | None) -> tuple[type[Exception], str] | None:
 
 
 # States <-> flat tensors and JSON
+
+
+def _is_first_copy(tensor: DTensor) -> bool:
+    """Whether no lower rank of its mesh holds the same shard: DCP writes one of them."""
+    places = zip(tensor.device_mesh.get_coordinate(), tensor.placements, strict=True)
+    return all(place == 0 for place, placement in places if isinstance(placement, Replicate))
 
 
 def _split(states: Mapping[str, Mapping[str, Any]]) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -198,6 +199,16 @@ def test_distillation_on_trajectories_of_a_shared_sequence(setting, tmp_path, me
     for name, tensor in caches[0].items():
         assert distance(caches[1][name].float(), tensor.float()) < 1e-3, name  # they are stored in bfloat16
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+def test_copies_of_a_model_need_the_space_of_one(setting, tmp_path):
+    """What a checkpoint says that it needs is what it takes."""
+    keys = {"training__steps": 1, "parallelism__data_parallel_replicate_degree": 2}
+    arguments = small_arguments(setting.cache, tmp_path / "run", **keys)
+    assert launch(2, arguments, tmp_path / "records", watcher=watch) == [0, 0], output(tmp_path / "records")
+    (said,) = re.findall(r"saved checkpoint \S+ \((\d+) MiB", output(tmp_path / "records"))
+    taken = sum(path.stat().st_size for path in (tmp_path / "run/checkpoint/step-1").glob("*.distcp"))
+    assert int(said) == pytest.approx(taken / 2**20, rel=0.1)
 
 
 def test_every_process_group_waits_as_long_as_the_recipe_says(setting, tmp_path):
