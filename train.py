@@ -99,6 +99,7 @@ def main() -> None:
                 dump_folder / "checkpoint",
                 keep_latest_k=cfg.checkpoint.keep_latest_k,
                 async_mode=cfg.checkpoint.async_mode,
+                timeout=cfg.comm.timeout,
             )
             at_exit.callback(checkpointer.close)
             source = checkpointer.find(cfg.checkpoint)

@@ -504,6 +504,11 @@ class JobConfig:
             self.role_optimizer(role).check(f"models.{role}.optimizer")
             self.role_lr_scheduler(role).check(f"models.{role}.lr_scheduler")
             self.role_parallelism(role).check(f"models.{role}.parallelism")
+            _require(
+                not model.cpu_offload or self.role_parallelism(role).fsdp_reshard_after_forward,
+                f"models.{role}.cpu_offload = true has no effect with fsdp_reshard_after_forward = false, which leaves the "
+                f"gathered blocks on the GPU: remove it, or set models.{role}.parallelism.fsdp_reshard_after_forward = true",
+            )
         for role, model in self.models.items():
             if model.share_base_with:
                 self._check_base(role, model.share_base_with)

@@ -12,6 +12,7 @@ can execute code is unpickled.
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import io
 import json
@@ -35,7 +36,7 @@ from torch.distributed.checkpoint import filesystem, metadata
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
 
 from fvtitan.components.files import fsync_path, write_atomic
 from fvtitan.components.stateful import (
@@ -88,11 +89,17 @@ class Checkpointer:
     `random_state` is each rank's own; all other plain values are taken to be equal everywhere.
     All methods but `steps`, `latest_step` and `path` are collective: every rank calls them, and an error on one rank
     is raised on all. `keep_latest_k` = 0 keeps everything. `async_mode` "async" copies the state and writes it in the
-    background: call `maybe_finish()` every step and `close()` at the end, or its errors stay unseen.
+    background: call `maybe_finish()` every step and `close()` at the end, or its errors stay unseen. `timeout`: how long
+    a rank waits for the others; None: torch's 30 minutes.
     """
 
     def __init__(
-        self, folder: str | Path, *, keep_latest_k: int = 0, async_mode: Literal["disabled", "async"] = "disabled"
+        self,
+        folder: str | Path,
+        *,
+        keep_latest_k: int = 0,
+        async_mode: Literal["disabled", "async"] = "disabled",
+        timeout: datetime.timedelta | None = None,
     ) -> None:
         if keep_latest_k < 0 or keep_latest_k == 1:
             raise UserError(
@@ -105,7 +112,7 @@ class Checkpointer:
         self.rank = dist.get_rank() if distributed else 0
         self.world_size = dist.get_world_size() if distributed else 1
         # Its own group: a write in the background must not mix its collectives with those of training.
-        self._group = dist.new_group(backend="gloo") if distributed else None
+        self._group = dist.new_group(backend="gloo", timeout=timeout) if distributed else None
         self._loaded_from: Path | None = None
         self._pending: Future[None] | None = None
         self._stager = self._executor = None
@@ -241,8 +248,8 @@ class Checkpointer:
         write_atomic(temporary / _MARKER, "written by fvtitan; without manifest.json it is incomplete\n")
 
     def _bytes(self, tensors: dict[str, Tensor]) -> int:
-        """What this rank writes: its shards, and on rank 0 what is the same everywhere."""
-        mine = [t for t in tensors.values() if isinstance(t, DTensor) or self.rank == 0]
+        """What this rank writes: its shards, of copies the first, and on rank 0 what is the same everywhere."""
+        mine = [t for t in tensors.values() if (_is_first_copy(t) if isinstance(t, DTensor) else self.rank == 0)]
         return sum(local_tensor(t).numel() * t.element_size() for t in mine)
 
     def _check_space(self, needed: int) -> None:
@@ -415,6 +422,12 @@ def _portable(error: Exception | None) -> tuple[type[Exception], str] | None:
 
 
 # States <-> flat tensors and JSON
+
+
+def _is_first_copy(tensor: DTensor) -> bool:
+    """Whether no lower rank of its mesh holds the same shard: DCP writes one of them."""
+    places = zip(tensor.device_mesh.get_coordinate(), tensor.placements, strict=True)
+    return all(place == 0 for place, placement in places if isinstance(placement, Replicate))
 
 
 def _split(states: Mapping[str, Mapping[str, Any]]) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -19,7 +19,7 @@ RUNTIME = re.compile(
     r"(job|parallelism|activation_checkpoint|compile|checkpoint|validation|metrics|comm)\..*"
     r"|training\.(steps|local_batch_size|global_batch_size|seed|deterministic|gc_freq)"
     r"|data\.(path|pipeline|num_workers|moving_shapes_clips)"
-    r"|models\.\w+\.(flavor|init_from|init_role|init_weights|attention_backend|share_base_with|cpu_offload)"
+    r"|models\.\w+\.(flavor|init_from|init_role|init_weights|attention_backend|share_base_with|cpu_offload|parallelism\..*)"
     r"|optimizer\.implementation"
     r"|method\.(teacher_path_cache|batched_guidance|gradient_mode)"
 )

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 if TYPE_CHECKING:
     from fvtitan.config import JobConfig
@@ -34,9 +35,7 @@ class Mesh:
         self._parameters: dict[tuple[int, int], DeviceMesh] = {}
         _, sequences = data_ranks(cfg)
         shape = (sequences, cfg.parallelism.context_parallel_degree)
-        self.sequence: DeviceMesh = init_device_mesh(device_type, shape, mesh_dim_names=("data", "sequence"))[
-            "sequence"
-        ]
+        self.sequence: DeviceMesh = self._make(shape, ("data", "sequence"))["sequence"]
 
     def parameters(self, role: str) -> DeviceMesh:
         """1-D `("shard",)` for FSDP2, 2-D `("replicate", "shard")` for HSDP; also on one rank. Roles of the same degrees
@@ -46,5 +45,13 @@ class Mesh:
         if degrees not in self._parameters:
             names = ("replicate", "shard")
             kept = slice(None) if replicate > 1 else slice(1, None)
-            self._parameters[degrees] = init_device_mesh(self._device_type, degrees[kept], mesh_dim_names=names[kept])
+            self._parameters[degrees] = self._make(degrees[kept], names[kept])
         return self._parameters[degrees]
+
+    def _make(self, shape: tuple[int, ...], names: tuple[str, ...]) -> DeviceMesh:
+        """A mesh whose groups wait as long as [comm] says."""
+        mesh = init_device_mesh(self._device_type, shape, mesh_dim_names=names)
+        for group in mesh.get_all_groups():
+            if dist.get_backend(group) != "fake":  # a plan's, which never waits
+                _set_pg_timeout(self._cfg.comm.timeout, group)
+        return mesh

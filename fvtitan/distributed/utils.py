@@ -30,19 +30,23 @@ class CommConfig:
         if self.timeout_seconds < 1:
             raise UserError(f"comm.timeout_seconds = {self.timeout_seconds}: must be >= 1")
 
+    @property
+    def timeout(self) -> datetime.timedelta:
+        """For every process group: torch gives those that are made later a time of its own."""
+        return datetime.timedelta(seconds=self.timeout_seconds)
+
 
 def init_distributed(cfg: CommConfig) -> torch.device:
     """Start the process group (NCCL with a GPU, gloo always) under torchrun, or alone; returns this process's device."""
     cuda = torch.cuda.is_available()
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-    timeout = datetime.timedelta(seconds=cfg.timeout_seconds)
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
     if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=timeout)
+        dist.init_process_group(backend, timeout=cfg.timeout)
     else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=cfg.timeout)
     return device
 
 

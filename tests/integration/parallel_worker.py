@@ -11,9 +11,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fvtitan.components.checkpoint import Checkpointer
 from fvtitan.distributed import utils
 from fvtitan.distributed.sequence_parallel import SequenceShard
 from fvtitan.models.base import Conditioning
@@ -112,6 +114,22 @@ def compare(folder: Path, *, size: tuple[int, int]) -> None:
     torch.save(found, folder / f"compared.rank{dist.get_rank()}.pt")
     utils.close_distributed()
     sys.exit(0)
+
+
+# ------------------------------------------------------------------------------------------------ process groups
+
+
+def watch_timeouts(folder: Path) -> None:
+    """Record, when training is over, how long each of this process' groups would wait, in seconds."""
+    rank, close = int(os.environ["RANK"]), Checkpointer.close
+
+    def closing(self: Checkpointer) -> None:
+        backends = [group._get_backend(torch.device("cpu")) for group in distributed_c10d._world.pg_map]
+        waits = [backend.options._timeout.total_seconds() for backend in backends]
+        torch.save({"seconds": waits}, folder / f"timeouts.rank{rank}.pt")
+        close(self)
+
+    Checkpointer.close = closing
 
 
 # ------------------------------------------------------------------------------------------------ what is trained

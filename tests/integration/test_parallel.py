@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,7 +29,7 @@ from tests.helpers import (
     small_config,
 )
 from tests.integration.exact_worker import launch, output, records
-from tests.integration.parallel_worker import WAYS, compare, watch
+from tests.integration.parallel_worker import WAYS, compare, watch, watch_timeouts
 
 SIZES = WanConfig(num_layers=2, num_heads=4, head_dim=16, ffn_dim=48, text_dim=64, text_len=32, freq_dim=32)
 RANKS = [2, pytest.param(4, marks=pytest.mark.slow)]
@@ -198,6 +199,25 @@ def test_distillation_on_trajectories_of_a_shared_sequence(setting, tmp_path, me
     for name, tensor in caches[0].items():
         assert distance(caches[1][name].float(), tensor.float()) < 1e-3, name  # they are stored in bfloat16
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+def test_copies_of_a_model_need_the_space_of_one(setting, tmp_path):
+    """What a checkpoint says that it needs is what it takes."""
+    keys = {"training__steps": 1, "parallelism__data_parallel_replicate_degree": 2}
+    arguments = small_arguments(setting.cache, tmp_path / "run", **keys)
+    assert launch(2, arguments, tmp_path / "records", watcher=watch) == [0, 0], output(tmp_path / "records")
+    (said,) = re.findall(r"saved checkpoint \S+ \((\d+) MiB", output(tmp_path / "records"))
+    taken = sum(path.stat().st_size for path in (tmp_path / "run/checkpoint/step-1").glob("*.distcp"))
+    assert int(said) == pytest.approx(taken / 2**20, rel=0.1)
+
+
+def test_every_process_group_waits_as_long_as_the_recipe_says(setting, tmp_path):
+    """The job's, those of the meshes, and the checkpoints'."""
+    keys = {"training__steps": 1, "comm__timeout_seconds": 77, "parallelism__data_parallel_replicate_degree": 2}
+    arguments = small_arguments(setting.cache, tmp_path / "run", **keys)
+    assert launch(2, arguments, tmp_path / "records", watcher=watch_timeouts) == [0, 0], output(tmp_path / "records")
+    for found in records(tmp_path / "records", "timeouts"):
+        assert len(found["seconds"]) >= 4 and set(found["seconds"]) == {77.0}
 
 
 # --------------------------------------------------------------------------------------------------------- mistakes

@@ -249,6 +249,7 @@ def test_keys_of_execution_may_change(cache, tmp_path):
         "training__global_batch_size": 2,
         "data__num_workers": 1,
         "activation_checkpoint__mode": "full",
+        "models.student.parallelism.fsdp_reshard_after_forward": False,
         "metrics__log_freq": 2,
         "lr_scheduler__decay_type": "cosine",
     }

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.memory import LiveBytes
+from fvtitan.components.memory import LiveBytes
 from fvtitan.distributed.mesh import Mesh
 from fvtitan.distributed.parallelize import apply_ac, apply_fsdp, keep_attentions
 from fvtitan.models.wan import transformer as network
@@ -212,7 +212,7 @@ def test_nothing_is_gathered_for_what_is_computed_again(tmp_path, mode):
         cfg = small_config(make_cache(tmp_path / "cache"), tmp_path)
         transformer = random_transformer(SIZES)
         apply_ac(transformer, mode)
-        apply_fsdp(transformer, Mesh(cfg, "cpu"), cfg, torch.float32)
+        apply_fsdp(transformer, Mesh(cfg, "cpu").parameters("student"), cfg, "student")
         with AllGathers() as forward:
             loss = transformer(*inputs()).square().mean()
         with AllGathers() as backward:

@@ -419,6 +419,10 @@ def test_a_teacher_on_the_cpu_gives_the_same_numbers(
         ),
         ({"student": {"cpu_offload": True}}, r"models\.student\.cpu_offload = true: only the weights of frozen roles"),
         ({"student": {**OWN, "cpu_offload": True}}, r"models\.student\.cpu_offload = true: only the weights of frozen"),
+        (
+            {"teacher": {"cpu_offload": True, "parallelism": {"fsdp_reshard_after_forward": False}}},
+            r"models\.teacher\.cpu_offload = true has no effect with fsdp_reshard_after_forward = false",
+        ),
     ],
 )
 def test_contradictions_are_errors_at_the_start(cache, tmp_path, models, message):

@@ -267,7 +267,7 @@ def load_checkpoint(transformer: WanTransformer, model: RoleConfig, cfg: JobConf
         load_weights(transformer, base.model, cfg, f"{key} = {model.init_from!r}: the base under its adapter")
         merge_adapter(base_parameters(transformer), read_tensors(model.init_from, name), base.scale)
         return
-    checkpointer = Checkpointer(Path(cfg.job.dump_folder) / "checkpoint")
+    checkpointer = Checkpointer(Path(cfg.job.dump_folder) / "checkpoint", timeout=cfg.comm.timeout)
     try:
         checkpointer.load(model.init_from, {name: _InPlace(transformer)}, allow_unexpected=("",), allow_cast=True)
     finally:
