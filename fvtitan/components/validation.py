@@ -98,9 +98,8 @@ class Validator:
         self.device = device
         self.rank = dist.get_rank()
         self.data_rank, self.data_world = data_ranks(cfg)
-        self.writes = leads_sequence(
-            cfg
-        )  # the ranks of a sequence sample the same videos; one of them decodes and writes
+        # The ranks of a sequence sample the same videos; one of them decodes and writes.
+        self.writes = leads_sequence(cfg)
         self.folder = Path(cfg.job.dump_folder) / "validation"
         self.vae = VideoVAE(cfg.data.pipeline, device=device)
         self.prompts = read_prompts(cfg.validation.prompts)

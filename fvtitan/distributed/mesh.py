@@ -33,9 +33,11 @@ class Mesh:
     def __init__(self, cfg: JobConfig, device_type: str) -> None:
         self._cfg, self._device_type = cfg, device_type
         self._parameters: dict[tuple[int, int], DeviceMesh] = {}
-        _, sequences = data_ranks(cfg)
-        shape = (sequences, cfg.parallelism.context_parallel_degree)
-        self.sequence: DeviceMesh = self._make(shape, ("data", "sequence"))["sequence"]
+        self.sequence: DeviceMesh | None = None
+        """The ranks that share this rank's sequences; None: it has them alone."""
+        if cfg.parallelism.context_parallel_degree > 1:
+            shape = (data_ranks(cfg)[1], cfg.parallelism.context_parallel_degree)
+            self.sequence = self._make(shape, ("data", "sequence"))["sequence"]
 
     def parameters(self, role: str) -> DeviceMesh:
         """1-D `("shard",)` for FSDP2, 2-D `("replicate", "shard")` for HSDP; also on one rank. Roles of the same degrees

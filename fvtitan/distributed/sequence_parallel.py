@@ -47,9 +47,9 @@ class SequenceShard:
     tokens_per_frame: int = 0
 
     @classmethod
-    def of(cls, mesh: DeviceMesh) -> SequenceShard | None:
-        """For the ranks of a 1-D mesh; None when there is only one."""
-        return cls(mesh.get_group().group_name, mesh.get_local_rank(), mesh.size()) if mesh.size() > 1 else None
+    def of(cls, mesh: DeviceMesh) -> SequenceShard:
+        """For the ranks of a 1-D mesh."""
+        return cls(mesh.get_group().group_name, mesh.get_local_rank(), mesh.size())
 
     @property
     def share(self) -> int:

@@ -217,7 +217,7 @@ def test_every_process_group_waits_as_long_as_the_recipe_says(setting, tmp_path)
     arguments = small_arguments(setting.cache, tmp_path / "run", **keys)
     assert launch(2, arguments, tmp_path / "records", watcher=watch_timeouts) == [0, 0], output(tmp_path / "records")
     for found in records(tmp_path / "records", "timeouts"):
-        assert len(found["seconds"]) >= 4 and set(found["seconds"]) == {77.0}
+        assert len(found["seconds"]) >= 3 and set(found["seconds"]) == {77.0}
 
 
 # --------------------------------------------------------------------------------------------------------- mistakes

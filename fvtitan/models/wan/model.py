@@ -124,7 +124,8 @@ class WanModel(ModelBase):
     def attention_kernel(self, cfg: JobConfig) -> str:
         sizes, batch, (t, h, w) = self.transformer.cfg, cfg.training.local_batch_size, cfg.data.latent_size()
         tokens = self.num_tokens(torch.Size((1, t, self.latent_channels, h, w)))
-        return chosen_kernel((batch, tokens, sizes.num_heads, sizes.head_dim), self.dtype, self.device)
+        heads = sizes.num_heads // cfg.parallelism.context_parallel_degree
+        return chosen_kernel((batch, tokens, heads, sizes.head_dim), self.dtype, self.device)
 
     def check_cache(self, cfg: JobConfig, cache: LatentCache) -> None:
         sizes, sample = self.transformer.cfg, cache[0]
