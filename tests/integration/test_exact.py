@@ -13,7 +13,7 @@ Which test holds each of those defects; a test below sees that all of them exist
 | both DMD losses before a step   | to come: there is no DMD yet
 | EMA stepped with the critic     | integration/test_exact.py::test_the_average_counts_student_updates
 | one shift here, another there   | integration/test_exact.py::test_one_shift_for_everything
-| `t_list` checked after hours    | to come: there is no KD yet
+| `t_list` checked after hours    | unit/test_kd.py::test_config_errors_are_one_line
 | a setting read by nothing       | integration/test_exact.py::test_every_key_is_read_by_a_run
 |                                 | unit/test_config.py::test_options_are_few_and_each_is_read_somewhere
 | remainder frames first, or last | unit/test_blocks.py::test_blocks_tile_the_video_or_the_error_names_the_nearest_lengths

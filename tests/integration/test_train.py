@@ -90,6 +90,7 @@ def test_training_without_checkpoints_is_the_same_training(cache, tmp_path):
     assert training_values(tmp_path / "often") == training_values(tmp_path / "never")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("defer", [False, True])
 def test_one_rank_accumulating_equals_two_ranks(cache, tmp_path, defer):
     """1 rank x accumulation 2, 1 rank with twice the batch, and 2 ranks train the same model."""
@@ -111,6 +112,7 @@ def test_one_rank_accumulating_equals_two_ranks(cache, tmp_path, defer):
                 assert (tensor - weights[key]).norm() <= 1e-5 * weights[key].norm(), (name, key)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("teacher_forcing", [False, True])
 def test_diffusion_forcing_is_the_same_on_two_ranks_and_with_checkpointing(cache, tmp_path, teacher_forcing):
     keys = {
@@ -139,6 +141,7 @@ def test_diffusion_forcing_is_the_same_on_two_ranks_and_with_checkpointing(cache
             assert (tensor - weights[key]).norm() <= 1e-5 * weights[key].norm() + 1e-6, key
 
 
+@pytest.mark.slow
 def test_resume_on_another_number_of_ranks(cache, tmp_path):
     """2 -> 1 -> 2 ranks: parameters, optimizer and EMA are exact at load, and the data goes on where it stopped."""
     keys = {"training__global_batch_size": 4, "checkpoint__interval": 2, "checkpoint__keep_latest_k": 0}

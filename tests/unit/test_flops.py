@@ -298,7 +298,7 @@ def test_self_forcing(cache, tmp_path, student, keys, overrides):
 
 
 @pytest.mark.usefixtures("single_process_group")
-@pytest.mark.parametrize("mode", ["direct", "replay"])
+@pytest.mark.parametrize("mode", ["direct", pytest.param("replay", marks=pytest.mark.slow)])
 def test_long_rollouts(cache, tmp_path, mode):
     """Of every length, with masked blocks; and the draws have the mean that `passes` gives without them."""
     recipe = self_forcing_recipe(tmp_path, {"student": LONG}, max_num_frames=17, gradient_mode=mode)

@@ -222,6 +222,7 @@ def test_the_cache_is_allocated_once_for_a_shape():
     assert model.new_cache((1, *noise.shape[1:])) is not model.new_cache(noise.shape)
 
 
+@pytest.mark.slow
 def test_compiled_blocks_equal_eager_ones_and_make_no_new_graphs():
     """Blocks compiled in place, with a window and a sink: a streamed sample and a diffusion-forcing step."""
     model = causal_model(random_transformer(), local_attn_frames=4, sink_frames=1)

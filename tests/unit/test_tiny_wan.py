@@ -66,6 +66,7 @@ def test_building_again_keeps_the_given_parts(tmp_path):
         assert (tmp_path / "again" / name).read_bytes() == (shipped / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_the_vae_keeps_every_attribute():
     scores, count = round_trip(33, 11)
     assert count == 53 and min(scores[name] for name in ("colour", "shape", "direction")) >= 0.97, scores
