@@ -23,7 +23,7 @@ from fvtitan.distributed.sequence_parallel import SequenceShard, check_heads
 if TYPE_CHECKING:
     from fvtitan.config import JobConfig
 
-# Roles share the graphs of one `Block.forward`. A streaming student has 3 for each length of its context (with and without
+# Roles share the graphs of one `Block.forward`. A streaming student has <= 3 for each length of its context (with and without
 # gradient, commit), validation's batch 2 more: 105 in all for the 21 blocks of one frame of a Wan video. Dynamo's default is 8.
 DYNAMO_RECOMPILE_LIMIT = 128
 # FlexAttention in a compiled block, and compiled alone in an eager one.
