@@ -19,12 +19,11 @@ from torch import Tensor
 
 from benchmarks import models
 from benchmarks.harness import Result, Setting, Times, compare, gate, synchronise
-from benchmarks.training import arguments, bare_step, build_method
+from benchmarks.training import arguments, bare_step, build_method, unsharded
 from fvtitan.config import load_config
 from fvtitan.methods import METHODS
 from fvtitan.methods.base import TrainingMethod
 from fvtitan.methods.finetune import FineTuneMethod
-from fvtitan.models.wan.model import WanModel
 
 TRAIN = Path(__file__).parents[1] / "train.py"
 
@@ -71,7 +70,7 @@ def _take_turns(words: list[str], setting: Setting) -> tuple[Times, dict[str, Te
             else:
                 loops["bare loop"] = build_method(cfg, self.device, FineTuneMethod)
                 if not setting.is_gpu:  # there fully_shard is also what casts to bf16
-                    loops["without fully_shard"] = _unsharded(loops["bare loop"])
+                    loops["without fully_shard"] = unsharded(loops["bare loop"])
             turn = list(loops.items())
             for name, method in turn[::-1] if step % 2 else turn:
                 start = clock()
@@ -95,14 +94,3 @@ def _take_turns(words: list[str], setting: Setting) -> tuple[Times, dict[str, Te
         Times({name: seconds[-count:] for name, seconds in times.items()}),
         {name: torch.stack(values) for name, values in losses.items()},
     )
-
-
-def _unsharded(sharded: TrainingMethod) -> TrainingMethod:
-    """The same method around a copy of the network that is not sharded."""
-    student = sharded.student
-    copy = models.unsharded(student.transformer)
-    common = {"dtype": student.dtype, "trainable": True, "schedule": student.schedule, "device": student.device}
-    role = WanModel(copy, sharded.cfg.models["student"], **common)
-    method = FineTuneMethod(cfg=sharded.cfg, role_models={"student": role})
-    method.on_train_start()
-    return method

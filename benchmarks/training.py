@@ -22,8 +22,10 @@ from fvtitan.distributed.mesh import Mesh
 from fvtitan.distributed.utils import clip_grad_norm, close_distributed, init_distributed
 from fvtitan.methods import METHODS
 from fvtitan.methods.base import TrainingMethod
+from fvtitan.methods.finetune import FineTuneMethod
 from fvtitan.models import build_roles
 from fvtitan.models.wan import weights
+from fvtitan.models.wan.model import WanModel
 from fvtitan.models.wan.transformer import FLAVORS
 
 FLAVOR = "benchmark"
@@ -143,3 +145,14 @@ def bare_step(method: TrainingMethod, batch: dict[str, Any], step: int, role: st
     method.optimizers[role].step()
     method.optimizers[role].zero_grad()
     return loss
+
+
+def unsharded(sharded: TrainingMethod) -> TrainingMethod:
+    """The same method around a copy of the network that is not sharded."""
+    student = sharded.student
+    copy = models.unsharded(student.transformer)
+    common = {"dtype": student.dtype, "trainable": True, "schedule": student.schedule, "device": student.device}
+    role = WanModel(copy, sharded.cfg.models["student"], **common)
+    method = FineTuneMethod(cfg=sharded.cfg, role_models={"student": role})
+    method.on_train_start()
+    return method

@@ -92,9 +92,9 @@ def reshard(module: nn.Module) -> None:
 
 
 @contextlib.contextmanager
-def gathered(module: nn.Module) -> Iterator[None]:
+def gathered(module: nn.Module, reshard_after_forward: bool) -> Iterator[None]:
     """Inside, a sharded module keeps what its forwards gather, so that several in a row, and backwards between them, gather
-    once. For modules that are built to reshard after a forward, as they do again afterwards."""
+    once. `reshard_after_forward`: whether it is built to free that after each forward, as it does again afterwards."""
     parts = [part for part in module.modules() if isinstance(part, FSDPModule)]
     for part in parts:
         part.set_reshard_after_forward(False, recurse=False)
@@ -103,7 +103,7 @@ def gathered(module: nn.Module) -> Iterator[None]:
         yield
     finally:
         for part in parts:
-            part.set_reshard_after_forward(True, recurse=False)
+            part.set_reshard_after_forward(reshard_after_forward, recurse=False)
             part.set_reshard_after_backward(True, recurse=False)
         reshard(module)
 

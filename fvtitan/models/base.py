@@ -147,8 +147,8 @@ class CausalModelBase(ModelBase):
     def predict_velocity_streaming(
         self, noisy_block: Tensor, sigma: Tensor, cond: Conditioning, cache: KVCache, start_frame: int
     ) -> Tensor:
-        """Velocity `[B, t, C, H, W]` of the block that begins at `start_frame`, given the committed frames. Writes nothing
-        into the cache; with gradient, none flows into it."""
+        """Velocity `[B, t, C, H, W]` of the block that begins at `start_frame`, given the committed frames. Commits
+        nothing; with gradient, none flows into the cache."""
 
     @abstractmethod
     def commit(

@@ -1,7 +1,9 @@
 """The KV cache of a streaming rollout: a plain object, handed down, allocated once and reused.
 
-Only `commit` passes write, and only without gradient. A pass with gradient reads the cache and concatenates its own keys
-and values; it never writes into a tensor of a graph. All positions are Python ints: no host synchronisation.
+Only passes without gradient write: into the slots of their own block, which are nobody's until it is committed. Where these
+follow the context in memory, attention reads both there and nothing is copied. A pass with gradient reads the cache and
+concatenates its own keys and values; it never writes into a tensor of a graph. All positions are Python ints: no host
+synchronisation.
 """
 
 from __future__ import annotations
@@ -34,8 +36,10 @@ class LayerPass:
     keys: tuple[Tensor, ...]
     """Keys and values of the context, range by range."""
     values: tuple[Tensor, ...]
+    in_place: bool
+    """The one range of keys and values ends with room for the pass' own: written there first, all are read as they lie."""
     write_keys: tuple[Tensor, ...]
-    """Where this pass leaves its own keys and values; empty: nowhere."""
+    """Where this pass leaves its own keys and values, unless in place; empty: nowhere."""
     write_values: tuple[Tensor, ...]
     text_key: Tensor
     """Of the text, `[B, text_len, heads, head_dim]`."""
@@ -52,6 +56,12 @@ class LayerPass:
 def recall(ranges: Sequence[Tensor], fresh: Tensor) -> Tensor:
     """A copy of the ranges `[tokens, B, ...]` of a buffer and of `fresh [B, S, ...]`, one behind the other `[B, S', ...]`."""
     return torch.cat([*(tokens.transpose(0, 1) for tokens in ranges), fresh], dim=1)
+
+
+def append(room: Tensor, fresh: Tensor) -> Tensor:
+    """Write `fresh [B, S, ...]` to the end of a range `[tokens, B, ...]`; all of it `[B, tokens, ...]`, a view."""
+    room[-fresh.shape[1] :].copy_(fresh.transpose(0, 1))
+    return room.transpose(0, 1)
 
 
 def store(ranges: Sequence[Tensor], fresh: Tensor) -> None:
@@ -122,7 +132,7 @@ class KVCache:
     def reset(self) -> None:
         """Forget everything; the memory stays."""
         self.end = self.first_frame
-        """Frames up to here are committed."""
+        """Frames up to here are committed; what lies in the slots of later ones means nothing."""
         self.text_embedding: Tensor | None = None  # of the prompt, once it was computed without gradient
 
     def _slots(self, start: int, end: int) -> Runs:
@@ -157,8 +167,12 @@ class KVCache:
         earlier = earlier_frames(start - self.first_frame, end - self.first_frame, self.causal.window, self.causal.sink)
         shift = self._sink_shift(earlier, start - self.first_frame, end - self.first_frame)
         shifted = tuple((low + self.first_frame, high + self.first_frame) for low, high in earlier)
-        context = self._tokens(shifted)
-        slots = self._tokens(((start, end),)) if write else ()
+        context, slots = self._tokens(shifted), self._tokens(((start, end),))
+        # A block that was committed before is another's context: only its own commit may write there.
+        may_write = not torch.is_grad_enabled() and (write or start == self.end)
+        in_place = may_write and not shift and len(slots) == 1 and len(context) <= 1
+        if in_place and context:
+            in_place = context[0][1] == slots[0][0]
         if torch.is_grad_enabled():
             text = "compute"
         else:
@@ -166,10 +180,15 @@ class KVCache:
         if write:
             assert not torch.is_grad_enabled(), "only a pass without gradient may write into the cache"
             self.end = end
+        if in_place:
+            read_from, context, slots = self.layers, (((context or slots)[0][0], slots[0][1]),), ()
+        else:
+            read_from, slots = self._reading, slots if write else ()
         return [
             LayerPass(
                 keys=_ranges(read.key, context),
                 values=_ranges(read.value, context),
+                in_place=in_place,
                 write_keys=_ranges(layer.key, slots),
                 write_values=_ranges(layer.value, slots),
                 text_key=layer.text_key,
@@ -177,7 +196,7 @@ class KVCache:
                 text=text,
                 sink_shift=shift,
             )
-            for layer, read in zip(self.layers, self._reading, strict=True)
+            for layer, read in zip(self.layers, read_from, strict=True)
         ]
 
     def _sink_shift(self, earlier: Runs, start: int, end: int) -> int:

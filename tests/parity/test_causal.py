@@ -220,6 +220,26 @@ def test_the_clean_pass_overwrites_noisy_ones():
     assert distance(noisy, once) > 1e-2
 
 
+@torch.no_grad()
+def test_a_pass_that_commits_nothing_leaves_the_committed_frames(monkeypatch):
+    """Only slots of its own block are written, and only those that nobody has committed; the context is read as it lies."""
+    model = causal_model(random_transformer(), 1)
+    torch.manual_seed(0)
+    noise, text = torch.randn(2, 4, 16, 4, 4), torch.randn(2, SMALL.text_len, SMALL.text_dim)
+    sigma, cond, cache = torch.full((2, 1), 0.5), Conditioning(text), model.new_cache(noise.shape)
+    for frame in range(3):
+        model.commit(noise[:, frame : frame + 1], cond, cache, frame)
+    committed = slice(0, 3 * cache.tokens_per_frame)
+    before = [layer.key[:, committed].clone() for layer in cache.layers]
+    monkeypatch.setattr(network, "recall", None)  # what copies a context
+    model.predict_velocity_streaming(noise[:, 3:], sigma, cond, cache, 3)
+    monkeypatch.undo()
+    for frame in range(3):
+        model.predict_velocity_streaming(noise[:, 3:], sigma, cond, cache, frame)
+    assert cache.end == 3
+    assert all(torch.equal(layer.key[:, committed], key) for layer, key in zip(cache.layers, before, strict=True))
+
+
 def test_a_block_that_does_not_fit_the_cache_is_refused():
     model, (x, sigma, text) = causal_model(random_transformer()), inputs()
     cache = poisoned_cache(model, x.shape)

@@ -129,9 +129,9 @@ def test_self_forcing_makes_its_graphs_in_the_first_steps(tmp_path):
         for role in method.phases(step):
             method.single_train_step(prompts_batch(), step, role)[0].backward()
             graphs.append(counter.frame_count)
-    # First block: text kept, text taken, gradient, commit; second block: with and without gradient. Then teacher and critic
-    # without gradient, and in its own phase the critic with.
-    assert graphs[0] == 8 and graphs[1:] == [9] * 7
+    # First block: text kept, text taken (so does its commit), gradient; second block: with and without gradient. Then teacher
+    # and critic without gradient, and in its own phase the critic with.
+    assert graphs[0] == 7 and graphs[1:] == [8] * 7
 
 
 def test_one_graph_more_than_the_limit_is_an_error():

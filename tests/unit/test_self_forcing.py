@@ -498,6 +498,16 @@ def test_draws_belong_to_samples(toys):
 # ------------------------------------------------------------------------------------------------------- mutations
 
 
+def copying(p: kv_cache.LayerPass, size: int, write: bool) -> kv_cache.LayerPass:
+    """A pass of a block of `size` tokens, made in place, as one that copies its context."""
+    if not p.in_place:
+        return p
+    room = {"key": p.keys[0], "value": p.values[0]}
+    context = {f"{name}s": (x[:-size],) if x.shape[0] > size else () for name, x in room.items()}
+    slots = {f"write_{name}s": (x[-size:],) if write else () for name, x in room.items()}
+    return dataclasses.replace(p, in_place=False, **context, **slots)
+
+
 def graph_in_cache(patch) -> None:
     """The cache is written with gradient: nothing is detached."""
     passes = KVCache.passes
@@ -506,6 +516,8 @@ def graph_in_cache(patch) -> None:
         self._reading = self.layers
         with torch.no_grad():
             found = passes(self, start, end, write=write)
+        with torch.enable_grad():
+            found = [copying(p, (end - start) * self.tokens_per_frame, write) for p in found]
         return [dataclasses.replace(p, text="compute") if torch.is_grad_enabled() else p for p in found]
 
     def commit(self, block, noise, cond, cache, start):
@@ -580,7 +592,7 @@ def wrong_slot(patch) -> None:
             {f"write_{name}s": kv_cache._ranges(getattr(layer, name), ((0, size),)) for name in ("key", "value")}
             for layer in self.layers
         ]
-        return [dataclasses.replace(p, **slot) for p, slot in zip(found, slots, strict=True)]
+        return [dataclasses.replace(copying(p, size, write), **slot) for p, slot in zip(found, slots, strict=True)]
 
     patch.setattr(KVCache, "passes", passing)
 
@@ -612,7 +624,9 @@ def keys_before_rope(patch) -> None:
 
     def unturned(self, x, rope, mask, stream, *rest):
         out = forward(self, x, rope, mask, stream, *rest)
-        if stream is not None and stream.write_keys:
+        if stream is not None and stream.in_place:
+            network.append(stream.keys[0], self.key_value(x, None)[0])
+        elif stream is not None and stream.write_keys:
             network.store(stream.write_keys, self.key_value(x, None)[0])
         return out
 

@@ -115,7 +115,7 @@ class WanModel(ModelBase):
         return cls(transformer, role_cfg, trainable=False, schedule=schedule, device=device, dtype=dtype)
 
     def gathered(self) -> contextlib.AbstractContextManager[None]:
-        return gathered(self.transformer) if self.reshard_after_forward else contextlib.nullcontext()
+        return gathered(self.transformer, self.reshard_after_forward)
 
     @property
     def sizes(self) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from fvtitan.components.lora import linear
 from fvtitan.distributed.sequence_parallel import SequenceShard
 from fvtitan.flow_matching import NUM_TIMESTEPS
-from fvtitan.models.kv_cache import KVCache, LayerPass, recall, store
+from fvtitan.models.kv_cache import KVCache, LayerPass, append, recall, store
 from fvtitan.models.wan.attention import (
     AttentionMask,
     BlockCausal,
@@ -148,7 +148,9 @@ class SelfAttention(Attention):
         k = apply_rope(k, rope)
         if shard is not None:  # from here on all tokens, of this rank's heads
             q, k, v = shard.to_heads(q), shard.to_heads(k), shard.to_heads(v)
-        if stream is not None:
+        if stream is not None and stream.in_place:
+            k, v = append(stream.keys[0], k), append(stream.values[0], v)
+        elif stream is not None:
             fresh_k, fresh_v = k, v
             if stream.keys:  # copies: nothing of the graph points into the cache
                 sink, *rest = stream.keys
