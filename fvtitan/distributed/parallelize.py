@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from fvtitan.config import JobConfig
 
 # Roles share the graphs of one `Block.forward`. A streaming student has up to 3 for each length of its context (with and
-# without gradient, commit), validation 2 more for each size of its batches: 147 in all for 21 blocks of one frame and two sizes.
-# Dynamo's default is 8.
+# without gradient, commit), validation 2 more for each size of its batches: 147 in all for 21 blocks of one frame and two
+# sizes. Dynamo's default is 8.
 DYNAMO_RECOMPILE_LIMIT = 192
 # FlexAttention in a compiled block, and compiled alone in an eager one.
 KEPT_OPERATORS = frozenset({"flex_attention", "inductor_compiled_code", "_c10d_functional::all_to_all_single"})
