@@ -35,11 +35,12 @@ from fvtitan.errors import UserError
 
 EXIT_STOPPED = 75  # sysexits.h: EX_TEMPFAIL, try again later
 
+# A scheduler that signals every process of a job reaches a rank twice: by itself, and through torchrun, which passes it on.
+SAME_SIGNAL_SECONDS = 1.0
+
 _FILES = ("stop", "save", "validate")
 _REASONS = ("", "the file stop", "SIGINT", "SIGUSR1", "SIGTERM")  # by the number that travels
 _SIGNALS = {getattr(signal, name): name for name in _REASONS if name.startswith("SIG")}
-# A scheduler that signals every process of a job reaches a rank twice: by itself, and through torchrun, which passes it on.
-_SAME_SIGNAL_SECONDS = 1.0
 _STATUS_SECONDS = 10.0  # how old the step in it may be while the run lives
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -188,7 +189,7 @@ class Stops:
             if not self._signal:
                 self._signal, first = heard[0], time.monotonic()
                 self._say(f"{_SIGNALS[heard[0]]}: stopping at the end of the next step; once more: at once")
-            elif time.monotonic() - first > _SAME_SIGNAL_SECONDS:
+            elif time.monotonic() - first > SAME_SIGNAL_SECONDS:
                 self._leave(f"{_SIGNALS[heard[0]]}, the second signal")
 
     def _leave(self, reason: str) -> None:
