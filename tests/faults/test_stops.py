@@ -102,8 +102,13 @@ def torchrun(arguments: list[str], folder: Path, **options: Any) -> Iterator[tup
     try:
         yield agent, Job(folder, [])
     finally:
-        agent.kill()  # its ranks stop when it dies: this is what is tested
+        agent.kill()
         agent.wait()
+        for pid in {
+            int(path.read_text()) for path in folder.glob("holding-*")
+        }:  # that they end by themselves is tested
+            if alive(pid):
+                os.kill(pid, signal.SIGKILL)
 
 
 def alive(pid: int) -> bool:
