@@ -22,6 +22,7 @@ from fvtitan.components.files import write_atomic
 from fvtitan.components.metrics import MetricLogger
 from fvtitan.components.resume import check_changes
 from fvtitan.components.rng import seed_global_generators
+from fvtitan.components.stops import Stops
 from fvtitan.components.validation import Validator
 from fvtitan.config import load_config
 from fvtitan.data.dataloader import BatchStream
@@ -43,7 +44,7 @@ from fvtitan.models import build_roles
 from fvtitan.models.wan.attention import pinned_kernels
 
 
-def main() -> None:
+def main() -> int:
     # ------------------------------------------------------------------------------------------ configuration
     cfg = load_config(sys.argv[1:])
     dump_folder = Path(cfg.job.dump_folder)
@@ -52,6 +53,7 @@ def main() -> None:
     device = init_distributed(cfg.comm)
     with contextlib.ExitStack() as at_exit:  # what is registered here runs in reverse order, however the run ends
         at_exit.callback(close_distributed)
+        stops = at_exit.enter_context(Stops(dump_folder, cfg.comm.stop_grace_seconds))  # nothing is written before it
         rank, world_size = dist.get_rank(), dist.get_world_size()
         log(f"{cfg.job.description or cfg.job.config_file}: {world_size} x {device.type}, torch {torch.__version__}")
         mesh, (data_rank, data_world) = Mesh(cfg, device.type), data_ranks(cfg)
@@ -114,14 +116,14 @@ def main() -> None:
                 log(f"resumed from {source}: {train_state.step} of {cfg.training.steps} steps are done")
             else:
                 log("no checkpoint to resume from: a fresh start")
+        stops.step = train_state.step
         first_step = train_state.step + 1
         if first_step > cfg.training.steps:
             log(f"this job is finished: {train_state.step} of {cfg.training.steps} steps are done; nothing to do")
-            return
+            return 0
 
         # ------------------------------------------------------------------------------- metrics, validation
         if rank == 0:
-            dump_folder.mkdir(parents=True, exist_ok=True)
             write_atomic(dump_folder / "config.toml", cfg.to_toml())
         metrics = MetricLogger(
             dump_folder,
@@ -144,6 +146,7 @@ def main() -> None:
         network_sizes = {role: model.transformer.cfg for role, model in roles.items()}
         values: dict[str, torch.Tensor | float] = {}  # the newest of every role since the last logged step
         for step in range(first_step, cfg.training.steps + 1):
+            stops.begin_step()
             if step % cfg.training.gc_freq == 0:
                 gc.collect()
             for role in method.phases(step):
@@ -193,23 +196,33 @@ def main() -> None:
             if checkpointer is not None:
                 checkpointer.maybe_finish()  # an asynchronous save that failed must not go unnoticed
             final = step == cfg.training.steps
+            asked = stops.end_step(step, last=final)
+            saves = final or asked.stop or asked.save or step % cfg.checkpoint.interval == 0
+            validates = final or asked.validate or (step % cfg.validation.interval == 0 and not asked.stop)
             with metrics.meter.excluded():  # saved first: a validation that fails costs no training
-                if checkpointer is not None and (final or step % cfg.checkpoint.interval == 0):
+                if checkpointer is not None and saves:
                     versions = {"fvtitan": fvtitan.__version__, "torch": torch.__version__, "world_size": world_size}
                     sizes = {role: model.sizes for role, model in roles.items() if model.trainable}
                     files = {"config.toml": cfg.to_toml(), "versions.json": json.dumps(versions, indent=2)}
                     files["roles.json"] = json.dumps(sizes, indent=2)
                     checkpointer.save(step, states, extra_files=files)
-                if validator is not None and (final or step % cfg.validation.interval == 0):
+                if validator is not None and validates:
                     validator.run(step, ema, last=final)
+            if asked.stop:
+                break
 
         # --------------------------------------------------------------------------------------------- the end
         if checkpointer is not None:
             checkpointer.wait()
+        if stops.exit_code:
+            saved = "the same command goes on from here" if checkpointer is not None else "nothing is saved"
+            log(f"stopped after step {step} of {cfg.training.steps} ({stops.reason}); {saved}")
+            return stops.exit_code
         log(f"finished {cfg.training.steps} steps. Look at:")
         log(f"  {dump_folder / 'metrics.jsonl'}  and  tensorboard --logdir {dump_folder / 'tensorboard'}")
         if validator is not None:
             log(f"  {validator.folder / f'step-{cfg.training.steps}'}: videos and contact_sheet.png")
+        return 0
 
 
 if __name__ == "__main__":

@@ -25,10 +25,15 @@ class CommConfig:
 
     timeout_seconds: int = 1800
     """A collective that waits longer ends the job. Must outlast compilation, a validation and a checkpoint."""
+    stop_grace_seconds: int = 25
+    """SIGTERM, SIGINT or SIGUSR1: all ranks stop within a step, save, and exit with status 75. A process that is still there
+    after this many seconds ends at once, without saving. torchrun kills after 30, or its --shutdown-timeout."""
 
     def check(self) -> None:
         if self.timeout_seconds < 1:
             raise UserError(f"comm.timeout_seconds = {self.timeout_seconds}: must be >= 1")
+        if self.stop_grace_seconds < 1:
+            raise UserError(f"comm.stop_grace_seconds = {self.stop_grace_seconds}: must be >= 1")
 
     @property
     def timeout(self) -> datetime.timedelta:

@@ -71,6 +71,21 @@ def launch(
         with open(folder / "torchrun.log", "wb") as log:
             done = subprocess.run(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, timeout=TIMEOUT)
         return [done.returncode]
+    processes = start(ranks, arguments, folder, watcher, options)
+    try:
+        for process in processes:
+            process.join(TIMEOUT)
+        return [process.exitcode for process in processes]
+    finally:
+        for process in processes:
+            if process.exitcode is None:
+                process.kill()
+
+
+def start(
+    ranks: int, arguments: list[str], folder: Path, watcher: Callable[..., None] | None, options: dict[str, Any]
+) -> list[Any]:
+    """The forked ranks of `launch`, running. Kill them in the end."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # as torchrun's agent holds one
     environment = {
         "WORLD_SIZE": ranks,
@@ -84,14 +99,8 @@ def launch(
         here = {key: str(value) for key, value in {**environment, "RANK": rank, "LOCAL_RANK": rank}.items()}
         processes.append(forkserver.Process(target=_rank, args=(here, folder, watcher or watch, options, arguments)))
         processes[-1].start()
-    try:
-        for process in processes:
-            process.join(TIMEOUT)
-        return [process.exitcode for process in processes]
-    finally:
-        for process in processes:
-            if process.exitcode is None:
-                process.kill()
+        processes[-1].store = store  # lives as long
+    return processes
 
 
 def output(folder: Path) -> str:

@@ -8,12 +8,14 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from fvtitan.components.metrics import read_metrics
 from fvtitan.components.rng import fold
+from fvtitan.components.stops import read_status
 from fvtitan.config import load_config
 from fvtitan.flops import forward_flops, phase_flops
 from fvtitan.methods.dmd2 import DMD2Method
@@ -215,7 +217,13 @@ def test_a_changed_key_is_refused_with_both_values_or_takes_effect(cache, tmp_pa
     keys = {"training__steps": 4, "checkpoint__interval": 2}
     assert train(small_arguments(cache, tmp_path, **keys)) == 0
     shutil.rmtree(tmp_path / "checkpoint/step-4")
-    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+    def trained() -> dict[Path, bytes]:
+        """Everything but who had the folder last, and how that ended."""
+        paths = (path for path in tmp_path.rglob("*") if path.is_file() and path.name not in ("lock", "status.json"))
+        return {path: path.read_bytes() for path in paths}
+
+    before = trained()
     changed = {**keys, "optimizer__lr": 2e-3, "optimizer__weight_decay": 0.5, "ema__decay": 0.7}
     capsys.readouterr()
     assert train(small_arguments(cache, tmp_path, **changed)) == 2
@@ -224,7 +232,7 @@ def test_a_changed_key_is_refused_with_both_values_or_takes_effect(cache, tmp_pa
         "step-2 was made with ema.decay = 0.8 (now 0.7), optimizer.lr = 0.001 (now 0.002), optimizer.weight_decay"
         in error
     )
-    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    assert trained() == before and read_status(tmp_path)["state"] == "failed"
 
     allowed = ["ema.decay", "optimizer.lr", "optimizer.weight_decay"]
     assert train([*small_arguments(cache, tmp_path, **changed), "--checkpoint.allow_changed", *allowed]) == 0
