@@ -246,22 +246,20 @@ def run_phases(
             for role in method.phases(1):
                 gc.collect()
                 live.peak = live.now
-                with _Traffic() as traffic:
-                    for micro_batch in range(min(accumulation, 2)):
-                        deferred = cfg.parallelism.defer_grad_sync and micro_batch < accumulation - 1
-                        method.role_modules[role].set_requires_gradient_sync(not deferred)
+                phase = Phase()
+                for last in [False, True][accumulation == 1 :]:  # all but the last micro-batch are alike
+                    method.role_modules[role].set_requires_gradient_sync(last or not cfg.parallelism.defer_grad_sync)
+                    with _Traffic() as traffic:
                         loss, _ = method.single_train_step(batch, step, role)
                         (loss / accumulation).backward()
                         del loss
-                    clip_grad_norm(method.get_grad_clip_targets(role), cfg.training.max_norm)
+                        if last:
+                            clip_grad_norm(method.get_grad_clip_targets(role), cfg.training.max_norm)
+                    made = Phase(calls=traffic.calls, traffic=traffic.bytes)
+                    phase = phase.plus(made, 1 if last else accumulation - 1)
                 method.optimizers[role].zero_grad()
-                scale = accumulation / min(accumulation, 2)
-                phases[role] = Phase(
-                    live.peak,
-                    sum(_cache_bytes(model) for model in models.values()),
-                    Counter({name: scale * count for name, count in traffic.calls.items()}),
-                    Counter({name: scale * count for name, count in traffic.bytes.items()}),
-                )
+                phase.peak, phase.cache = live.peak, sum(_cache_bytes(model) for model in models.values())
+                phases[role] = phase
     return memory, phases
 
 

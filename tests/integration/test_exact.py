@@ -763,6 +763,7 @@ def recipes(cache, heldout, tmp_path_factory):
                 earlier = re.fullmatch(r"outputs/(.+)/checkpoint/step-\d+", model.init_from)
                 if earlier:  # another recipe's student, which was just trained
                     tiny[f"models.{role}.init_from"] = folder / f"{earlier[1]}.toml" / "checkpoint/step-2"
+                    tiny |= {f"models.{role}.flavor": "tiny"} if model.flavor else {}
                 elif "/" in model.init_from:
                     tiny |= {f"models.{role}.init_from": "tiny-wan", f"models.{role}.flavor": "tiny"}
             small = {
@@ -797,6 +798,8 @@ def recipes(cache, heldout, tmp_path_factory):
             statuses[name] = train(
                 [word for key, value in small.items() for word in (f"--{key.replace('__', '.')}", str(value))]
             )
+        compiled = {"compile__enable": True, "compile__backend": "eager", "training__steps": 1}
+        assert train(small_arguments(cache, folder / "compiled", **compiled)) == 0
         for kind in ("uniform", "logit_normal", "mode"):
             flow_matching.sample_sigma(torch.rand(2), flow_matching.ScheduleConfig(sigma_sampling=kind))
     return SimpleNamespace(folder=folder, statuses=statuses, reads=reads)

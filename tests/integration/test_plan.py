@@ -199,6 +199,7 @@ def test_deferred_reduction_holds_whole_gradients(cache, tmp_path):
         cfg.parallelism.defer_grad_sync = True
         deferred = plan.make_plan(cfg, 2, RATES).peak
     assert deferred > reduced
+    assert calls(cfg, 2)["student"] == {"all-gather": 40, "reduce-scatter": 5}
 
 
 # --------------------------------------------------------------------------------------------------------- the program
