@@ -53,7 +53,7 @@ def main() -> int:
     device = init_distributed(cfg.comm)
     with contextlib.ExitStack() as at_exit:  # what is registered here runs in reverse order, however the run ends
         at_exit.callback(close_distributed)
-        stops = at_exit.enter_context(Stops(dump_folder, cfg.comm.stop_grace_seconds))  # nothing is written before it
+        stops = at_exit.enter_context(Stops(dump_folder, cfg.comm.stop_grace_seconds, cfg.comm.timeout))
         rank, world_size = dist.get_rank(), dist.get_world_size()
         log(f"{cfg.job.description or cfg.job.config_file}: {world_size} x {device.type}, torch {torch.__version__}")
         mesh, (data_rank, data_world) = Mesh(cfg, device.type), data_ranks(cfg)

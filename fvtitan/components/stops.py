@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import ctypes
+import datetime
 import fcntl
 import json
 import os
@@ -59,12 +60,13 @@ class Stops:
 
     SIGTERM, SIGINT and SIGUSR1 ask for a stop, which the ranks agree on within a step. The process ends hard, with the exit
     status a shell gives to that signal, when it is still there `grace_seconds` later, or when another one comes.
+    `timeout`: of the agreement.
 
     Collective. Raises `UserError` on all ranks when another run has the folder, or when it cannot be one.
     """
 
-    def __init__(self, folder: str | Path, grace_seconds: float) -> None:
-        self.folder, self.grace_seconds = Path(folder), grace_seconds
+    def __init__(self, folder: str | Path, grace_seconds: float, timeout: datetime.timedelta | None = None) -> None:
+        self.folder, self.grace_seconds, self.timeout = Path(folder), grace_seconds, timeout
         self.step: int | None = None  # the last complete one
         self.reason = ""
         self.exit_code = 0
@@ -82,7 +84,7 @@ class Stops:
         for line in on_rank_zero(self._take_folder):
             log(line)
         # Its own group: the agreement runs beside the collectives of the step.
-        self._group = dist.new_group(backend="gloo")
+        self._group = dist.new_group(backend="gloo", timeout=self.timeout)
         forget = weakref.WeakMethod(self._forget)
         os.register_at_fork(after_in_child=lambda: (action := forget()) and action())
         # Python runs a handler between two bytecodes of the main thread, never while it waits in a collective. So they do

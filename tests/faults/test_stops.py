@@ -293,6 +293,7 @@ def test_a_folder_that_cannot_be_one(tmp_path, single_process_group):
 # ----------------------------------------------------------------------------------------------------- torchrun
 
 
+@pytest.mark.slow
 def test_a_killed_torchrun_takes_its_ranks_along(cache, tmp_path):
     with torchrun(arguments_of(cache, tmp_path), tmp_path, hold=(3,)) as (agent, job):
         pids = job.holding(3, 0, 1)

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 WORKER = Path(__file__).with_name("checkpoint_worker.py")
 
 
@@ -21,6 +23,7 @@ def launch(ranks: int, *arguments: object) -> dict:
     return json.loads(result.stdout.strip().splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_two_one_two_ranks_and_errors(tmp_path):
     first = launch(2, tmp_path, "train", "fail")
     assert {".metadata", "state.json", "manifest.json", "__0_0.distcp", "__1_0.distcp"} <= set(first["files"])

@@ -363,7 +363,7 @@ def run_stages(folder: Path, start: Path, case: str) -> tuple[Path, list[Path]]:
     return cache, [folder / f"stage-{number}" for number in range(len(stages))]
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [pytest.param("1 -> 3", marks=pytest.mark.slow), *list(CASES)[1:]])
 def test_stops_of_real_processes(case, start, tmp_path):
     """Each sample of an epoch once, in the one order, whatever stops, ranks and workers; and what a stage loads is bit for
     bit what the one before it saved: parameters, optimizer, moving average, schedule, position in the data."""

@@ -46,7 +46,12 @@ def run(folder: Path, name: str, **keys: Any) -> dict[str, Tensor]:
     return found
 
 
-@pytest.mark.parametrize("name", RECIPES)
+QUICK = ("finetune", "dmd2", "self_forcing, direct")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in RECIPES]
+)
 def test_checkpointing_changes_no_bit(tmp_path, single_process_group, name):
     expected = run(tmp_path, name)
     assert sum(value.norm() > 0 for value in expected.values()) > 0.9 * len(expected)

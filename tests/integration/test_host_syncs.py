@@ -32,7 +32,12 @@ RECIPES = {
 STEPS = 3
 
 
-@pytest.mark.parametrize("name", RECIPES)
+QUICK = ("finetune", "dmd2", "self_forcing, replay")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in RECIPES]
+)
 def test_the_only_host_sync_of_an_optimizer_step_is_its_gradient_norm(tmp_path, monkeypatch, name):
     keys = {"job__config_file": recipe} if (recipe := RECIPES[name](tmp_path)) else {}
     arguments = small_arguments(

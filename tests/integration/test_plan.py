@@ -122,6 +122,7 @@ def test_memory_is_what_a_real_step_takes(cache, tmp_path, flavors, method, flav
     assert planned == pytest.approx(peak, rel=0.03)
 
 
+@pytest.mark.slow
 def test_checkpointing_saves_memory(cache, tmp_path, flavors):
     peaks = []
     for mode in ("none", "selective", "full"):
@@ -190,6 +191,7 @@ def test_collectives_of_dmd2(cache, tmp_path):
     }
 
 
+@pytest.mark.slow
 def test_deferred_reduction_holds_whole_gradients(cache, tmp_path):
     cfg = configured(cache, tmp_path, "finetune", "tiny", "none")
     cfg.training.local_batch_size, cfg.training.global_batch_size = 1, 8

@@ -52,7 +52,7 @@ def assert_same_checkpoint(first, second) -> None:
     assert json.loads((first / "state.json").read_text()) == json.loads((second / "state.json").read_text())
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_a_stopped_run_resumes_bit_for_bit(cache, tmp_path, monkeypatch, workers):
     # 6 steps of 4 samples over 10: the stop lies in the middle of an epoch, and the run crosses epochs.
     keys = {"training__global_batch_size": 4, "data__num_workers": workers}

@@ -291,7 +291,13 @@ SELF_FORCING = {
 
 
 @pytest.mark.usefixtures("single_process_group")
-@pytest.mark.parametrize(("student", "keys", "overrides"), SELF_FORCING.values(), ids=SELF_FORCING)
+@pytest.mark.parametrize(
+    ("student", "keys", "overrides"),
+    [
+        pytest.param(*case, id=name, marks=[] if name in ("replay", "own_exits", "full_ac") else pytest.mark.slow)
+        for name, case in SELF_FORCING.items()
+    ],
+)
 def test_self_forcing(cache, tmp_path, student, keys, overrides):
     recipe = self_forcing_recipe(tmp_path, {"student": student}, denoising_steps=[1000.0, 750.0, 500.0], **keys)
     check_all_rungs(built(cache, tmp_path, recipe, **overrides))

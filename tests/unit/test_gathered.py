@@ -49,6 +49,7 @@ def test_parameters_are_sharded_again_afterwards(tmp_path, single_process_group,
     assert isinstance(weight.weight, DTensor) == reshard
 
 
+@pytest.mark.slow
 def test_a_replay_gathers_once_for_all_its_blocks(tmp_path):
     """However the student is built. All-gathers of 2 ranks in its phase, 5 a network: rollout, replay, critic, teacher; the
     latter twice when it does not keep what it gathers for the second branch."""

@@ -75,7 +75,7 @@ def balanced(step: int) -> list[ms.Attributes]:
     return chosen
 
 
-@pytest.mark.parametrize(("num_frames", "step"), [(33, 1), (97, 11)])
+@pytest.mark.parametrize(("num_frames", "step"), [pytest.param(33, 1, marks=pytest.mark.slow), (33, 5), (97, 11)])
 def test_the_judge_is_right_on_rendered_clips(num_frames, step):
     combinations = balanced(step)
     judged = [ms.judge_video(ms.render_clip(a, num_frames=num_frames, seed=9), a.caption) for a in combinations]
