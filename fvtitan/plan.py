@@ -30,6 +30,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fvtitan import flops
+from fvtitan.components.lora import base_parameters
 from fvtitan.components.memory import LiveBytes
 from fvtitan.config import JobConfig, load_config
 from fvtitan.distributed.mesh import Mesh
@@ -54,6 +55,8 @@ GPUS_OF_A_NODE = 8
 class Phase:
     """What one phase of one optimizer step makes on this rank, all its micro-batches."""
 
+    share: float = 1.0
+    """How often a step of the run has it."""
     peak: float = 0.0
     """Bytes alive at once: activations, gathered parameters, gradients, what the phases before have left."""
     cache: float = 0.0
@@ -70,6 +73,7 @@ class Phase:
             return Counter({name: a[name] + factor * b[name] for name in a | b})
 
         return Phase(
+            self.share,
             self.peak + factor * other.peak,
             self.cache + factor * other.cache,
             added(self.calls, other.calls),
@@ -103,8 +107,6 @@ class Plan:
 
     roles: dict[str, RoleMemory]
     phases: dict[str, Phase]
-    share: dict[str, float]
-    """How often a step has the phase."""
     flops: dict[str, flops.PhaseFlops]
     """Of one video, by phase."""
     videos: int
@@ -207,19 +209,15 @@ def fake_job(world_size: int) -> Iterator[None]:
 
 
 def role_memory(cfg: JobConfig, models: Mapping[str, ModelBase]) -> dict[str, RoleMemory]:
-    """Bytes of every role's shards on this rank, from the networks themselves. A network that roles share counts once."""
-    counted: set[int] = set()
+    """Bytes of every role's shards on this rank, from the networks themselves. One that roles share counts for its own role."""
     found = {}
     for role, model in models.items():
-        on_gpu = not (cfg.models[role].cpu_offload and not model.trainable)
-        parameters = [p for p in model.transformer.parameters() if id(p) not in counted]
-        counted |= {id(p) for p in parameters}
-        trained = (
-            [local_tensor(p.detach()).nbytes for p in model.trained_parameters().values()] if model.trainable else []
-        )
-        average = sum(trained) if cfg.ema.enable and role == "student" else 0
-        held = sum(local_tensor(p.detach()).nbytes for p in parameters) if on_gpu else 0
-        found[role] = RoleMemory(held, sum(trained), 2 * sum(trained), average)
+        shares, trained = cfg.models[role].share_base_with, model.trained_parameters() if model.trainable else {}
+        parameters = [] if shares or cfg.models[role].cpu_offload else list(base_parameters(model.transformer).values())
+        parameters += trained.values() if model.adapter else []
+        held, learned = (sum(local_tensor(p.detach()).nbytes for p in part) for part in (parameters, trained.values()))
+        averaged = cfg.ema.enable and role == "student"
+        found[role] = RoleMemory(held, learned, 2 * learned, learned if averaged else 0.0)
     return found
 
 
@@ -246,7 +244,7 @@ def run_phases(
             for role in method.phases(1):
                 gc.collect()
                 live.peak = live.now
-                phase = Phase()
+                phase = Phase(method.total_updates(role) / cfg.training.steps)
                 for last in [False, True][accumulation == 1 :]:  # all but the last micro-batch are alike
                     method.role_modules[role].set_requires_gradient_sync(last or not cfg.parallelism.defer_grad_sync)
                     with _Traffic() as traffic:
@@ -322,12 +320,13 @@ def make_plan(cfg: JobConfig, world_size: int, rates: Rates) -> Plan:
     sequence = cfg.parallelism.context_parallel_degree
     memory, phases = measure(cfg, Mesh(cfg, "cpu"), sizes)
     videos = cfg.training.local_batch_size * _accumulation(cfg, world_size)
-    share = {role: _share(cfg, role) for role in phases}
     passes = {role: method.passes(cfg, role) for role in phases}
-    compute = sum(share[role] * videos / sequence * rates.compute_seconds(cfg, passes[role], sizes) for role in phases)
+    compute = sum(
+        phases[role].share * videos / sequence * rates.compute_seconds(cfg, passes[role], sizes) for role in phases
+    )
     traffic = Counter()
-    for role, phase in phases.items():
-        traffic.update({name: share[role] * count for name, count in phase.traffic.items()})
+    for phase in phases.values():
+        traffic.update({name: phase.share * count for name, count in phase.traffic.items()})
     bandwidth = rates.in_node if world_size <= GPUS_OF_A_NODE else rates.between_nodes
     seconds = {
         "compute": compute,
@@ -337,18 +336,12 @@ def make_plan(cfg: JobConfig, world_size: int, rates: Rates) -> Plan:
     return Plan(
         roles=memory,
         phases=phases,
-        share=share,
         flops={role: flops.phase_flops(cfg, passes[role], sizes, height, width) for role in phases},
         videos=videos,
         sequence=sequence,
         tokens=frames * height * width // 4,
         seconds=seconds,
     )
-
-
-def _share(cfg: JobConfig, role: str) -> float:
-    interval = getattr(cfg.method, "student_update_interval", 1)
-    return 1 / interval if role == "student" else 1.0
 
 
 @dataclass(frozen=True)
@@ -443,8 +436,7 @@ def best_switch(plan: Plan, others: Mapping[str, Plan], room: float) -> str | No
 def report(cfg: JobConfig, plan: Plan, world_size: int, memory: float, rates: Rates) -> list[str]:
     """The plan in words; `memory` is a GPU's, in bytes."""
     frames, height, width = cfg.data.latent_size()
-    first = next(iter(cfg.models))
-    replicate, shard = cfg.data_parallel_degrees(world_size, first)
+    replicate, shard = cfg.data_parallel_degrees(world_size, "student")
     share = f"every {plan.sequence} GPUs that share a sequence" if plan.sequence > 1 else "each GPU"
     lines = [
         f"{cfg.job.config_file}: {cfg.method.name} on {world_size} GPUs of {memory / GIB:.0f} GiB",
@@ -455,7 +447,7 @@ def report(cfg: JobConfig, plan: Plan, world_size: int, memory: float, rates: Ra
         f"  {'GiB on each GPU':<28}{'parameters':>12}{'gradients':>12}{'optimizer':>12}{'average':>12}",
     ]
     for role, part in plan.roles.items():
-        numbers = "".join(f"{value / GIB:12.2f}" for value in dataclasses.astuple(part))
+        numbers = "".join(f"{value / GIB:12.3g}" for value in dataclasses.astuple(part))
         lines.append(f"  {role:<28}{numbers}")
     for role, phase in plan.phases.items():
         rest = phase.peak - phase.cache - plan.roles[role].gradients
@@ -476,9 +468,11 @@ def report(cfg: JobConfig, plan: Plan, world_size: int, memory: float, rates: Ra
             f"{round(count)} {name}s ({phase.traffic[name] / GIB:.2f})" for name, count in sorted(phase.calls.items())
         )
         lines.append(
-            f"  {role + ' phase':<28}{plan.share[role]:>12.2f}{f.model:>12.2f}{f.hardware - f.model:>12.2f}   {calls}"
+            f"  {role + ' phase':<28}{phase.share:>12.2f}{f.model:>12.2f}{f.hardware - f.model:>12.2f}   {calls}"
         )
-    needed = sum(plan.share[role] * plan.flops[role].model for role in plan.phases) * plan.videos / plan.sequence
+    needed = (
+        sum(phase.share * plan.flops[role].model for role, phase in plan.phases.items()) * plan.videos / plan.sequence
+    )
     mfu = needed / plan.step_seconds / rates.peak
     lines += [
         "",

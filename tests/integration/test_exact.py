@@ -816,7 +816,7 @@ def test_every_recipe_trains(recipes, name):
     assert list((folder / "validation/step-2/student").glob("*.mp4"))
     first, last = (read_checkpoint(folder / f"checkpoint/step-{step}") for step in (1, 2))
     moved = [name for name in first if name.startswith("roles.") and not torch.equal(first[name], last[name])]
-    assert len(moved) >= 80  # of adapters, those of the critic
+    assert len(moved) >= (80 if "lora" in name else 101)  # of adapters, those of the critic
 
 
 def test_every_key_is_read_by_a_run(recipes):

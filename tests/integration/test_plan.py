@@ -152,6 +152,17 @@ def test_what_is_continued_is_what_is_run(cache, tmp_path, flavors, monkeypatch,
         assert dataclasses.astuple(continued.roles[role]) == pytest.approx(dataclasses.astuple(whole.roles[role]))
 
 
+def test_a_shared_network_counts_for_the_role_that_has_it():
+    """Student and critic are listed around the teacher, and hold their adapters alone."""
+    cfg = load_config(["--job.config_file", str(ROOT / "train_configs/tiny_dmd2_lora.toml")], world_size=1)
+    with plan.fake_job(1):
+        roles = plan.make_plan(cfg, 1, RATES).roles
+    adapter = roles["student"].gradients
+    assert roles["student"].parameters == roles["critic"].parameters == adapter > 0
+    assert roles["teacher"].parameters > 4 * adapter and roles["teacher"].gradients == 0
+    assert roles["student"].optimizer == 2 * adapter and roles["student"].average == adapter
+
+
 # -------------------------------------------------------------------------------------------------------- collectives
 
 
@@ -287,7 +298,7 @@ def test_the_best_switch():
 
     def planned(peak: float, seconds: float) -> plan.Plan:
         times = {"compute": seconds, "sharding": 0.0, "sequence": 0.0}
-        return plan.Plan({}, {"student": plan.Phase(peak)}, {}, {}, 1, 1, 1, times)
+        return plan.Plan({}, {"student": plan.Phase(peak=peak)}, {}, 1, 1, 1, times)
 
     others = {"a": planned(5, 3), "b": planned(7, 1), "c": planned(12, 0.5)}
     assert plan.best_switch(planned(11, 2), others, room=10) == "a"
