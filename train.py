@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 import fvtitan
+from fvtitan.components import faults
 from fvtitan.components.checkpoint import Checkpointer, TrainState
 from fvtitan.components.ema import EMA
 from fvtitan.components.files import write_atomic
@@ -147,6 +148,7 @@ def main() -> int:
         values: dict[str, torch.Tensor | float] = {}  # the newest of every role since the last logged step
         for step in range(first_step, cfg.training.steps + 1):
             stops.begin_step()
+            faults.reach("step", step)
             if step % cfg.training.gc_freq == 0:
                 gc.collect()
             for role in method.phases(step):

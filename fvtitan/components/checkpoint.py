@@ -38,6 +38,7 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, Def
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.tensor import DTensor, Replicate
 
+from fvtitan.components import faults
 from fvtitan.components.files import fsync_path, write_atomic
 from fvtitan.components.stateful import (
     ModelState,
@@ -223,6 +224,7 @@ class Checkpointer:
             self._everywhere(f"cannot save {target}", lambda: self._on_rank0(lambda: self._begin(temporary)))
             needed = self._everywhere(f"cannot save {target}", lambda: self._bytes(tensors))
             self._everywhere(f"cannot save {target}", lambda: self._check_space(sum(needed)))
+            faults.reach("save.before_shards", step)
             with _dcp_errors(f"cannot save {target}", self.folder), _quiet():
                 dcp.save(
                     tensors,
@@ -230,6 +232,7 @@ class Checkpointer:
                     planner=DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
                     process_group=self._group,
                 )
+            faults.reach("save.before_manifest", step)
             self._commit(temporary, target, plain, extra)
         except Exception:
             if self.rank == 0:
@@ -275,6 +278,7 @@ class Checkpointer:
             files = sorted((entry for part in entries for entry in part), key=lambda entry: entry["name"])
             write_atomic(temporary / "manifest.json", json.dumps({"files": files}, indent=1))
             fsync_path(temporary)
+            faults.reach("save.before_rename")
             old = target.with_name(f"{target.name}.old.tmp")
             if target.exists():  # trained again from an earlier step: the new one takes the name, then the old one goes
                 target.rename(old)
@@ -284,6 +288,7 @@ class Checkpointer:
                 shutil.rmtree(old)
 
         self._everywhere(what, lambda: self._on_rank0(publish))
+        faults.reach("save.before_purge")
         if self.rank == 0:
             self._retain()
 
@@ -626,6 +631,11 @@ def _read_index(path: Path, files: Collection[str]) -> tuple[dict[str, metadata.
 
 
 class _Writer(dcp.FileSystemWriter):
+    def write_data(self, plan: Any, planner: Any) -> Any:
+        written = super().write_data(plan, planner)
+        faults.reach("save.shards")
+        return written
+
     def storage_meta(self) -> metadata.StorageMeta:
         return metadata.StorageMeta()  # the original holds this machine's absolute path
 

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from fvtitan import samplers
+from fvtitan.components import faults
 from fvtitan.components.ema import EMA
 from fvtitan.components.files import write_atomic
 from fvtitan.components.metrics import MetricLogger
@@ -125,6 +126,7 @@ class Validator:
     def run(self, step: int, ema: EMA | None, *, last: bool) -> None:
         """Validate the student, and its moving average when there is one; log and write everything under step `step`. A method
         with a reference (a teacher) gets a picture of all of them side by side, from the same noise."""
+        faults.reach("validation", step)
         settings, student, spec = self.cfg.validation, self.method.student, self.method.sampler(self.cfg)
         num_videos = (last and settings.num_prompts_last) or settings.num_prompts
         reference = self.method.reference()

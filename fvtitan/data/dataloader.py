@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torchdata.stateful_dataloader import StatefulDataLoader
 
+from fvtitan.components import faults
 from fvtitan.components.rng import fold
 from fvtitan.errors import UserError
 
@@ -170,6 +171,7 @@ class _Drawn(torch.utils.data.Dataset):
         self.dataset = dataset
 
     def __getitem__(self, draw: _Draw) -> tuple[_Draw, dict[str, Any]]:
+        faults.reach("loader", draw.index)
         return draw, self.dataset[draw.index]
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
+from fvtitan.components import faults
 from fvtitan.errors import UserError
 
 
@@ -43,6 +44,7 @@ class CommConfig:
 
 def init_distributed(cfg: CommConfig) -> torch.device:
     """Start the process group (NCCL with a GPU, gloo always) under torchrun, or alone; returns this process's device."""
+    faults.arm(os.environ)
     cuda = torch.cuda.is_available()
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
