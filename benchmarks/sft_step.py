@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks import models, roofline
 from benchmarks.harness import Result, Row, Setting, absolute, compare, gate, interleave
@@ -14,8 +11,6 @@ from benchmarks.training import bare_step, training, unsharded
 from fvtitan import flow_matching
 from fvtitan.distributed.parallelize import apply_ac
 from fvtitan.methods.base import TrainingMethod
-
-KERNELS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
 
 
 def run(setting: Setting) -> Result:
@@ -79,20 +74,17 @@ def _diffusers_step(twin: nn.Module, method: TrainingMethod, batch: dict):
 
 
 def _on_gpu(setting: Setting) -> list[Row]:
-    """Every way to train 1.3B that fits: length, activation checkpointing, kernel; diffusers with full checkpointing."""
+    """Every way to train 1.3B that fits: length, activation checkpointing; diffusers with full checkpointing."""
     rows = []
     for tokens, latents in models.GPU_LATENTS.items():
         modes = ["selective", "full"] if tokens > 10000 else ["none", "selective", "full"]  # none: 129 GiB
         with training(latents, setting, compile__enable=True) as (method, batch):
             forward = roofline.network(method.student.transformer.cfg, latents)
             for mode in modes:
-                for name, kernel in KERNELS.items():
-                    apply_ac(method.student.transformer, mode)
-                    with sdpa_kernel([kernel, SDPBackend.MATH], set_priority=True):
-                        step = functools.partial(bare_step, method, batch, 1)
-                        times = interleave({"fvtitan": step}, setting, warmup=3)
-                    work = roofline.Work(forward, True, mode, name)
-                    rows.append(absolute(f"fvtitan, S = {tokens}, AC {mode}, {name}", times, "fvtitan", work))
+                apply_ac(method.student.transformer, mode)
+                times = interleave({"fvtitan": lambda: bare_step(method, batch, 1)}, setting, warmup=3)
+                work = roofline.Work(forward, True, mode)
+                rows.append(absolute(f"fvtitan, S = {tokens}, AC {mode}", times, "fvtitan", work))
             twin = models.diffusers_twin(models.unsharded(method.student.transformer))
             twin.enable_gradient_checkpointing()
             times = interleave({"diffusers": _diffusers_step(twin, method, batch)}, setting, warmup=3)

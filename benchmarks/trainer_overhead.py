@@ -41,7 +41,8 @@ def run(setting: Setting) -> Result:
         words = arguments(Path(folder), latents, setting, **keys)
         times, losses = _take_turns(words, setting)
     times = Times({name: seconds[-rounds:] for name, seconds in times.items()})
-    error = max(gate(losses["train.py"], other, 1e-6, f"losses of {name}") for name, other in losses.items())
+    allowed = 1e-3 if setting.is_gpu else 1e-6  # bf16, and sums in an order of their own
+    error = max(gate(losses["train.py"], other, allowed, f"losses of {name}") for name, other in losses.items())
     rows = [compare(times, "train.py", "bare loop", target=1.03, error=error)]
     if "without fully_shard" in times:
         rows.append(compare(times, "bare loop", "without fully_shard", what="FSDP2 on one rank / none", error=error))

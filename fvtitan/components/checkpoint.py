@@ -35,7 +35,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import filesystem, metadata
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.tensor import DTensor, Replicate
 
 from fvtitan.components import faults
@@ -118,11 +118,7 @@ class Checkpointer:
         self._pending: Future[None] | None = None
         self._stager = self._executor = None
         if async_mode == "async":
-            cuda = torch.cuda.is_available()
-            options = StagingOptions(
-                use_pinned_memory=cuda, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=cuda
-            )
-            self._stager = DefaultStager(options)
+            self._stager = _stager()
             self._executor = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._everywhere(f"cannot use {self.folder}", lambda: self._on_rank0(self._remove_leftovers))
 
@@ -186,6 +182,8 @@ class Checkpointer:
             self._write(step, tensors, plain, extra, started)
             return
         plain = json.loads(json.dumps(plain))  # a copy: training goes on
+        if (self._stager.state_dict_cache or tensors).keys() != tensors.keys():  # an optimizer has made its first step
+            self._stager = _stager()
         staged = self._stager.stage(tensors)
         self._pending = self._executor.submit(self._write, step, staged, plain, extra, started)
 
@@ -209,7 +207,6 @@ class Checkpointer:
         finally:
             if self._executor is not None:
                 self._executor.shutdown()
-                self._stager.close()
                 self._executor = self._stager = None
             if self._group is not None:
                 dist.destroy_process_group(self._group)
@@ -415,6 +412,11 @@ class Checkpointer:
 
     def _on_rank0(self, action: Callable[[], Any]) -> Any:
         return action() if self.rank == 0 else None
+
+
+def _stager() -> BlockingAsyncStager:
+    """Copies to memory that is pinned and kept, with a GPU. (DefaultStager of torch 2.11 stages once.)"""
+    return BlockingAsyncStager(cache_staged_state_dict=torch.cuda.is_available())
 
 
 def _portable(error: Exception | None) -> tuple[type[Exception], str] | None:

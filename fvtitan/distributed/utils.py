@@ -138,10 +138,13 @@ def max_over_ranks(values: dict[str, Tensor | float], device: torch.device) -> d
 
 
 def _reduced(values: dict[str, Tensor | float], device: torch.device, op: dist.ReduceOp) -> dict[str, float]:
-    keys = sorted(values)
-    stacked = torch.stack([torch.as_tensor(values[key], dtype=torch.float64, device="cpu") for key in keys]).to(device)
+    tensors = sorted(key for key, value in values.items() if isinstance(value, Tensor))
+    numbers = sorted(values.keys() - tensors)
+    stacked = torch.tensor([values[key] for key in numbers], dtype=torch.float64).to(device)
+    if tensors:  # put together where they are: one at a time, each would stall a GPU
+        stacked = torch.cat([stacked, torch.stack([values[key].to(device, torch.float64) for key in tensors])])
     dist.all_reduce(stacked, op=op)
-    return dict(zip(keys, stacked.tolist(), strict=True))
+    return dict(zip([*numbers, *tensors], stacked.tolist(), strict=True))
 
 
 def on_rank_zero(action: Callable[[], Any]) -> Any:
