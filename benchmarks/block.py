@@ -17,8 +17,12 @@ def run(setting: Setting) -> Result:
     """Eager and compiled; one noise level per sample, as diffusers takes it."""
     if setting.is_gpu:
         cases = [("1.3B", (3, 16, 60, 104)), ("1.3B", (21, 16, 60, 104)), ("14B", (21, 16, 60, 104))]
-        rows = [row for name, latents in cases for row in _rows(FLAVORS[name], latents, setting, f"{name}, ")]
-        return Result("Wan block, forward + backward", "S = 4,680 and 32,760 tokens, bf16", rows)
+        rows = [
+            row
+            for name, latents in cases
+            for row in _rows(FLAVORS[name], latents, setting, f"{name}, S = {models.num_tokens(latents):,}, ")
+        ]
+        return Result("Wan block, forward + backward", "bf16", rows)
     latents = models.QUICK_LATENTS if setting.quick else models.CPU_LATENTS
     cfg = models.CPU_SIZES
     shape = f"d = {cfg.dim}, {cfg.num_heads} heads, ffn {cfg.ffn_dim}, S = {models.num_tokens(latents)}, "

@@ -128,9 +128,9 @@ class RoleConfig:
     sink_frames: int = 0
     """wan_causal: first latent frames of the video that every block sees, beyond the window; in videos longer than in
     training, directly before it."""
-    attention_backend: Literal["auto", "sdpa", "flex"] = "auto"
-    """wan_causal, whole videos: sdpa makes one call a block; flex is FlexAttention (no backward on a CPU); auto takes flex on
-    a GPU."""
+    attention_backend: Literal["sdpa", "flex"] = "sdpa"
+    """wan_causal, whole videos: sdpa makes one call a block, the fastest where it was measured (docs/performance.md, B6); flex
+    is FlexAttention (no backward on a CPU)."""
     optimizer: OptimizerOverrides = field(default_factory=OptimizerOverrides)
     lr_scheduler: LRSchedulerOverrides = field(default_factory=LRSchedulerOverrides)
     parallelism: ParallelismOverrides = field(default_factory=ParallelismOverrides)

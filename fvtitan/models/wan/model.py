@@ -165,9 +165,7 @@ class WanCausalModel(WanModel, CausalModelBase):
     def __init__(self, transformer: WanTransformer, role_cfg: RoleConfig, **common):
         super().__init__(transformer, role_cfg, **common)
         self.causal = role_cfg.causal()
-        backend = role_cfg.attention_backend
-        # FlexAttention is the fast one, but has no backward on a CPU.
-        self.backend = ("flex" if self.device.type == "cuda" else "sdpa") if backend == "auto" else backend
+        self.backend = role_cfg.attention_backend
         self._cache: tuple[tuple, KVCache] | None = None
         self.trained_frames = 0
         """Latent frames of the videos it was trained on; 0: unknown. Longer streams see their sink nearer."""
@@ -179,7 +177,7 @@ class WanCausalModel(WanModel, CausalModelBase):
         role_cfg = cfg.models[role]
         if role_cfg.attention_backend == "flex" and role_cfg.trainable and device.type == "cpu":
             raise UserError(
-                f'models.{role}.attention_backend = "flex": FlexAttention has no backward on a CPU; use "sdpa" or "auto"'
+                f'models.{role}.attention_backend = "flex": FlexAttention has no backward on a CPU; use "sdpa"'
             )
         model = super().build(cfg, role, mesh, device, *network)
         model.trained_frames = cfg.data.latent_size()[0]
