@@ -32,7 +32,7 @@ import torch.distributed as dist
 
 from fvtitan.components.files import write_atomic
 from fvtitan.distributed.utils import log, on_rank_zero
-from fvtitan.errors import UserError
+from fvtitan.errors import UserError, exit_status
 
 EXIT_STOPPED = 75  # sysexits.h: EX_TEMPFAIL, try again later
 
@@ -101,8 +101,8 @@ class Stops:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         state = "stopped" if self.exit_code else "finished"
         if error is not None:
-            state, self.exit_code = "failed", 2 if isinstance(error, UserError) else 1
-            self.reason = str(error) if isinstance(error, UserError) else f"{kind.__name__}: {error}"
+            state, self.exit_code = "failed", exit_status(error)
+            self.reason = str(error) if hasattr(error, "exit_status") else f"{kind.__name__}: {error}"
         self._write_status(state)
         if error is None:
             dist.barrier(self._group)  # torchrun ends the others as soon as one rank exits with a status
