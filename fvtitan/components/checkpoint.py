@@ -312,7 +312,7 @@ class Checkpointer:
                     process_group=self._group,
                 )
             faults.reach("save.before_manifest", step)
-            self._commit(temporary, target, plain, extra)
+            self._commit(step, temporary, plain, extra)
         except DiskFull as error:  # on all ranks alike
             free = self._everywhere(what, lambda: self._on_rank0(lambda: self._free_without(temporary)))[0]
             raise DiskFull(
@@ -349,7 +349,8 @@ class Checkpointer:
         shutil.rmtree(temporary, ignore_errors=True)
         return shutil.disk_usage(self.folder).free
 
-    def _commit(self, temporary: Path, target: Path, plain: dict[str, Any], extra: dict[str, str]) -> None:
+    def _commit(self, step: int, temporary: Path, plain: dict[str, Any], extra: dict[str, str]) -> None:
+        target = self.path(step)
         what = f"cannot commit {target}"
         parts = self._everywhere(what, lambda: plain)
         merged: dict[str, Any] = {}
@@ -372,7 +373,7 @@ class Checkpointer:
             files = sorted((entry for part in entries for entry in part), key=lambda entry: entry["name"])
             write_atomic(temporary / "manifest.json", json.dumps({"files": files}, indent=1))
             fsync_path(temporary)
-            faults.reach("save.before_rename")
+            faults.reach("save.before_rename", step)
             old = target.with_name(f"{target.name}.old.tmp")
             if target.exists():  # the new one takes the name, then the old one goes
                 old = old if replaced else _unused(target.with_name(f"{target.name}.aside"))
@@ -385,7 +386,7 @@ class Checkpointer:
 
         self._everywhere(what, lambda: self._on_rank0(publish))
         self._good.add(target.resolve())
-        faults.reach("save.before_purge")
+        faults.reach("save.before_purge", step)
         if self.rank == 0:
             self._retain()
 
