@@ -758,7 +758,7 @@ def _is_removable(path: Path) -> bool:
 def _remove(folder: Path) -> None:
     """Remove a folder of ours, its marker last, so that what an error leaves can be removed the next time."""
     try:
-        for path in folder.iterdir():
+        for path in sorted(folder.iterdir()):
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
             elif path.name != _MARKER:

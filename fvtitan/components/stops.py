@@ -34,7 +34,7 @@ from fvtitan.components.files import write_atomic
 from fvtitan.distributed.utils import log, on_rank_zero
 from fvtitan.errors import UserError, exit_status
 
-EXIT_STOPPED = 75  # sysexits.h: EX_TEMPFAIL, try again later
+EXIT_STOPPED = 75  # sysexits.h: EX_TEMPFAIL, try again later; the statuses of errors are those of errors.exit_status
 
 # A scheduler that signals every process of a job reaches a rank twice: by itself, and through torchrun, which passes it on.
 SAME_SIGNAL_SECONDS = 1.0

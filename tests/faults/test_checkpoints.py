@@ -27,7 +27,16 @@ from fvtitan.errors import EXIT_DISK_FULL, cli
 from fvtitan.methods.finetune import FineTuneMethod
 from fvtitan.models.wan import weights
 from fvtitan.models.wan.transformer import WanConfig
-from tests.helpers import ROOT, make_cache, random_transformer, small_arguments, train
+from tests.helpers import (
+    ROOT,
+    causal_recipe,
+    dmd2_recipe,
+    make_cache,
+    random_transformer,
+    self_forcing_recipe,
+    small_arguments,
+    train,
+)
 from tests.integration.exact_worker import launch, output
 from tests.integration.test_train import assert_same_checkpoint, training_values
 
@@ -338,6 +347,55 @@ def test_a_run_goes_back_from_damage_only_when_told(arguments, tmp_path, whole, 
         step, name = path.parent.name, path.name
         damaged = step in ("step-3", "step-4")
         assert (run / "checkpoint" / (f"{step}.aside" if damaged else step) / name).read_bytes() == content
+
+
+# ------------------------------------------------------------------------------- every method, and what does not fit
+
+RECIPES = {"dfsft": causal_recipe, "dmd2": dmd2_recipe, "self_forcing": self_forcing_recipe}
+
+
+@pytest.mark.parametrize(
+    "method", [*(pytest.param(m, marks=pytest.mark.slow) for m in ("dfsft", "dmd2")), "self_forcing"]
+)
+def test_each_method_goes_on_where_it_was(cache, tmp_path, method):
+    """Fault 2; knowledge distillation and adapters have tests of their own. Two roles go on with whose turn it is, and with
+    the number of their updates."""
+    recipe = RECIPES[method](tmp_path, **({} if method == "dfsft" else {"student_update_interval": 2}))
+    keys = {"job__config_file": recipe, "training__global_batch_size": 2, "data__pipeline": "tiny-wan"}
+    keys = small_arguments(cache, tmp_path / "whole", training__steps=STEPS, checkpoint__interval=2, **keys)
+    assert train(keys) == 0
+    keys[keys.index(str(tmp_path / "whole"))] = str(tmp_path / "run")
+    killed = launch(1, keys, tmp_path / "out", watcher=break_run, faults="kill step step=4")
+    assert killed == [-signal.SIGKILL] and names(tmp_path / "run") == ["step-2"], output(tmp_path / "out")
+    assert train(keys) == 0
+    assert_as_if_nothing_had_been(tmp_path / "run", tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (
+            {"models.student.flavor": "tiny", "models.student.init_from": "tiny-wan"},
+            "the optimizer trains other parameters",
+        ),
+        (
+            {"ema__enable": False, "checkpoint__allow_changed": "ema.enable"},
+            "unexpected in the checkpoint: ema.student",
+        ),
+        (
+            {"models.student.lora.rank": 4, "checkpoint__allow_changed": "models.student.lora.rank"},
+            "the checkpoint lacks identity.student; it holds ",
+        ),
+    ],
+    ids=["another network", "no moving average", "adapters"],
+)
+def test_what_does_not_fit_is_listed(arguments, tmp_path, whole, monkeypatch, capsys, keys, message):
+    """Fault 35. By name, before anything is loaded."""
+    monkeypatch.setattr(FineTuneMethod, "single_train_step", None)
+    source = whole / "checkpoint/step-2"
+    assert train(arguments(tmp_path / "run", checkpoint__initial_load_path=source, **keys)) == 2
+    (error,) = capsys.readouterr().err.strip().splitlines()
+    assert f"cannot load {source}" in error and message in error and len(error) < 6000
 
 
 # ------------------------------------------------------------------------------------------ folders and clocks

@@ -358,11 +358,12 @@ def test_keep_latest_k(tmp_path):
     next(checkpointer.path(3).glob("*.distcp")).write_bytes(b"")
     checkpointer.save(5, simple())
     assert checkpointer.steps() == [1, 4, 5]  # 1 is the one this run was resumed from
-    (checkpointer.path(4) / "keep").touch()
+    (checkpointer.path(5) / "keep").touch()
     checkpointer.save(6, simple())
-    assert checkpointer.steps() == [1, 4, 5, 6]  # 4 does not count
-    checkpointer.save(7, simple())
-    assert checkpointer.steps() == [1, 4, 6, 7]
+    assert checkpointer.steps() == [1, 4, 5, 6]  # 5 does not count
+    for number in (7, 8):
+        checkpointer.save(number, simple())
+    assert checkpointer.steps() == [1, 5, 7, 8]
     assert checkpointer.path(3).is_dir()  # damaged
     assert (tmp_path / "step-50").is_dir() and (tmp_path / "notes").is_dir()
 
