@@ -171,12 +171,12 @@ class Checkpointer:
         folder cannot be written.
         """
         candidates = self._everywhere("cannot resume", lambda: self._on_rank0(lambda: self._candidates(section)))[0]
-        damaged: dict[Path, str] = {}
+        fallback, damaged = section.fallback, {}
         for path in candidates:
             problem, files = self._read_all(path)
             if not problem:
                 break
-            if not section.fallback:
+            if not fallback:
                 self._refuse(path, problem)
             damaged[path] = problem
         else:
@@ -214,10 +214,10 @@ class Checkpointer:
         return []
 
     def _folders(self, folder: Path) -> list[int]:
-        """The steps whose folders are checkpoints, or were: ours, or complete. Ascending."""
+        """The steps whose folders are checkpoints, or were; a copy may lack the files that begin with a dot. Ascending."""
         names = [_STEP.fullmatch(path.name) for path in folder.iterdir()]
         paths = {int(name[1]): folder / name[0] for name in names if name}
-        return sorted(step for step, path in paths.items() if (path / _MARKER).exists() or _is_complete(path))
+        return sorted(n for n, path in paths.items() if any((path / f).exists() for f in (_MARKER, "manifest.json")))
 
     def _keep_damaged(self, damaged: Mapping[Path, str]) -> None:
         for path, problem in damaged.items():
@@ -490,9 +490,10 @@ class Checkpointer:
 
     def _verify(self, path: Path) -> set[str]:
         """The names in the manifest, after checking all sizes and this rank's share of the hashes."""
-        files = _read_manifest(path)
-        for number, (name, (size, digest)) in enumerate(sorted(files.items())):
-            try:
+        name = "manifest.json"
+        try:
+            files = _read_manifest(path)
+            for number, (name, (size, digest)) in enumerate(sorted(files.items())):
                 actual = (path / name).stat().st_size if (path / name).is_file() else None
                 if actual != size:
                     found = "is missing" if actual is None else f"has {actual} bytes"
@@ -501,8 +502,8 @@ class Checkpointer:
                     raise DamagedCheckpoint(
                         f"damaged checkpoint {path}: {name} has changed since it was written (sha256 differs)"
                     )
-            except OSError as error:
-                raise DamagedCheckpoint(f"damaged checkpoint {path}: {name}: {error.strerror}") from None
+        except OSError as error:  # a bad block
+            raise DamagedCheckpoint(f"damaged checkpoint {path}: {name}: {error.strerror}") from None
         return set(files)
 
     def _refuse(self, path: Path, problem: str) -> NoReturn:

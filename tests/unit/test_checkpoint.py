@@ -628,6 +628,18 @@ def test_going_back_from_damage(tmp_path, damage, bad_blocks, capsys):
 
 
 @pytest.mark.faults
+def test_a_copy_without_hidden_files_is_not_passed_over(tmp_path):
+    """Fault 17: `cp step-2/*` leaves out .metadata."""
+    checkpointer = Checkpointer(tmp_path)
+    for number in (1, 2):
+        checkpointer.save(number, simple())
+    for path in checkpointer.path(2).glob(".*"):
+        path.unlink()
+    with pytest.raises(DamagedCheckpoint, match=r"step-2: \.\S+ is missing.*step 1 was read and is whole"):
+        checkpointer.find(CheckpointSection())
+
+
+@pytest.mark.faults
 def test_a_damaged_one_is_never_removed(tmp_path):
     """Fault 18. Not even when it is old, by a run that knows nothing of it."""
     checkpointer = Checkpointer(tmp_path)
