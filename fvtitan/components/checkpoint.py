@@ -300,8 +300,8 @@ class Checkpointer:
         temporary = target.with_name(f"{target.name}.tmp")
         what, needed = f"cannot save {target}", 0
         try:
-            self._everywhere(what, lambda: self._on_rank0(lambda: self._begin(temporary)))
             needed = sum(self._everywhere(what, lambda: self._bytes(tensors)))
+            self._everywhere(what, lambda: self._on_rank0(lambda: self._begin(temporary)))
             self._everywhere(what, lambda: self._on_rank0(lambda: self._check_space(needed)))
             faults.reach("save.before_shards", step)
             with _dcp_errors(what, self.folder), _quiet():
@@ -316,8 +316,7 @@ class Checkpointer:
         except DiskFull as error:  # on all ranks alike
             free = self._everywhere(what, lambda: self._on_rank0(lambda: self._free_without(temporary)))[0]
             raise DiskFull(
-                f"{error}: {needed or 'an unknown number of'} bytes needed, {free} free in {self.folder}; earlier "
-                "checkpoints are as they were"
+                f"{error}: {needed} bytes needed, {free} free in {self.folder}; earlier checkpoints are as they were"
             ) from None
         except Exception:
             if self.rank == 0:

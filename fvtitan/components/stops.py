@@ -238,10 +238,16 @@ class Stops:
         status["exit_code"] = None if state == "running" else self.exit_code
         status |= {"started": self._started, "updated": _now()}
         self._written = time.monotonic()
+        path, text = self.folder / "status.json", json.dumps(status, indent=2) + "\n"
         try:
-            write_atomic(self.folder / "status.json", json.dumps(status, indent=2) + "\n")
-        except OSError as error:  # the disk is full: the run's own error is the one to see
-            self._say(f"cannot write {self.folder / 'status.json'}: {error.strerror}")
+            try:
+                write_atomic(path, text)
+            except OSError:  # a full disk has no room for another file, but for what this one says
+                with open(path, "r+") as file:
+                    file.write(text)
+                    file.truncate()
+        except OSError as error:  # the run's own error is the one to see
+            self._say(f"cannot write {path}: {error.strerror}")
 
 
 def read_status(folder: str | Path) -> dict[str, Any]:
