@@ -102,6 +102,7 @@ def main() -> int:
                 dump_folder / "checkpoint",
                 keep_latest_k=cfg.checkpoint.keep_latest_k,
                 async_mode=cfg.checkpoint.async_mode,
+                on_failed_save=cfg.checkpoint.on_failed_save,
                 timeout=cfg.comm.timeout,
             )
             at_exit.callback(checkpointer.close)
@@ -207,7 +208,7 @@ def main() -> int:
                     sizes = {role: model.sizes for role, model in roles.items() if model.trainable}
                     files = {"config.toml": cfg.to_toml(), "versions.json": json.dumps(versions, indent=2)}
                     files["roles.json"] = json.dumps(sizes, indent=2)
-                    checkpointer.save(step, states, extra_files=files)
+                    checkpointer.save(step, states, extra_files=files, last=final or bool(asked.stop))
                 if validator is not None and validates:
                     validator.run(step, ema, last=final)
             if asked.stop:

@@ -354,11 +354,16 @@ class CheckpointSection:
     interval: int = 500
     """Save every so many steps, and after the last."""
     keep_latest_k: int = 2
-    """Keep this many; 0 keeps all."""
+    """Keep this many that were saved or read without a fault; 0 keeps all. A file `keep` in a checkpoint keeps it too."""
     async_mode: Literal["disabled", "async"] = "disabled"
     """async writes in the background while training goes on."""
+    on_failed_save: Literal["stop", "continue"] = "stop"
+    """A save that fails (a full disk) ends the run, with status 74 when the disk is full; or the run says so and goes on to
+    the next one. The last save of a run must succeed."""
     load_step: int = -1
     """Resume from this step; -1: the latest."""
+    fallback: bool = False
+    """When the latest checkpoint turns out damaged: go on from the newest older one that is whole, and keep the damaged."""
     initial_load_path: str = ""
     """When the dump folder holds no checkpoint: start from this checkpoint folder (`.../checkpoint/step-<N>`)."""
     require_resume: bool = False
@@ -374,9 +379,15 @@ class CheckpointSection:
         )
         _require(self.load_step >= -1, f"checkpoint.load_step = {self.load_step}: must be >= 0, or -1 for the latest")
         _require(
-            self.enable or not (self.require_resume or self.initial_load_path or self.load_step != -1),
-            "checkpoint.enable = false: require_resume, initial_load_path and load_step have no effect; remove them",
+            not self.fallback or self.load_step == -1,
+            f"checkpoint.fallback = true has no effect with checkpoint.load_step = {self.load_step}: remove one of them",
         )
+        unused = ("require_resume", "initial_load_path", "fallback")
+        if not self.enable:
+            given = [key for key in unused if getattr(self, key)]
+            given += ["load_step"] if self.load_step != -1 else []
+            given += ["on_failed_save"] if self.on_failed_save != "stop" else []
+            _require(not given, f"checkpoint.enable = false: {', '.join(given)} have no effect; remove them")
 
 
 @dataclass

@@ -3,12 +3,28 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import sys
+import traceback
 from collections.abc import Callable, Iterable
+
+EXIT_DISK_FULL = 74  # sysexits.h: EX_IOERR
 
 
 class UserError(ValueError):
     """Bad input. The message names the key or file, the value, what is allowed and the nearest fix."""
+
+    exit_status = 2  # errors that have one are said in one line
+
+
+def is_disk_full(error: BaseException | None) -> bool:
+    """Whether the system had no room for what was written: the disk is full, or a quota or a limit on files is reached."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def exit_status(error: BaseException) -> int:
+    """What a program ends with after an error: 2 for bad input, 74 for a full disk, 1 for everything else."""
+    return EXIT_DISK_FULL if is_disk_full(error) else getattr(error, "exit_status", 1)
 
 
 def did_you_mean(word: str, options: Iterable[str]) -> str:
@@ -19,10 +35,16 @@ def did_you_mean(word: str, options: Iterable[str]) -> str:
 
 
 def cli(main: Callable[[], int | None]) -> None:
-    """Run a program's `main`: a `UserError` becomes one line on stderr and exit status 2; other exceptions propagate."""
+    """Run a program's `main`: an error that has an exit status (`UserError`: 2) becomes one line on stderr; a full disk ends
+    with 74; other exceptions propagate."""
     try:
         status = main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        status = 2
+    except Exception as error:
+        if hasattr(error, "exit_status"):
+            print(f"error: {error}", file=sys.stderr)
+        elif is_disk_full(error):
+            traceback.print_exc()
+        else:
+            raise
+        status = exit_status(error)
     sys.exit(status or 0)

@@ -8,6 +8,9 @@
 A checkpoint is written to `step-<N>.tmp`, synced, and renamed; readers see only names `step-<digits>` whose manifest
 fits. Loading verifies every byte and compares all names and shapes before it touches the first parameter. Nothing that
 can execute code is unpickled.
+
+A file `keep` in a checkpoint, made by hand, keeps it from being removed; a run that goes back from a damaged one puts it
+there. What a new checkpoint of the same step must not replace becomes `step-<N>.aside`.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from __future__ import annotations
 import datetime
 import hashlib
 import io
+import itertools
 import json
 import logging
 import pickle
@@ -50,7 +54,7 @@ from fvtitan.components.stateful import (
     seed_optimizer_state,
 )
 from fvtitan.distributed.utils import local_tensor
-from fvtitan.errors import UserError
+from fvtitan.errors import EXIT_DISK_FULL, UserError, is_disk_full
 
 if TYPE_CHECKING:
     from fvtitan.config import CheckpointSection
@@ -59,6 +63,7 @@ __all__ = [
     "CheckpointError",
     "Checkpointer",
     "DamagedCheckpoint",
+    "DiskFull",
     "ModelState",
     "OptimizerState",
     "RandomState",
@@ -73,11 +78,18 @@ logger = logging.getLogger(__name__)
 _STEP = re.compile(r"step-(0|[1-9][0-9]*)")
 _TEMPORARY = re.compile(r"(step-(?:0|[1-9][0-9]*))(\.old)?\.tmp")
 _MARKER = ".fvtitan-checkpoint"  # in every folder we made: nothing without it is ever removed
+_KEEP = "keep"
 _PER_RANK = "random_state"  # may be missing or left over: ranks come and go
 
 
 class CheckpointError(RuntimeError):
     """A checkpoint could not be written. Earlier ones are as they were."""
+
+
+class DiskFull(CheckpointError):
+    """There is no room for a checkpoint. The message names the path, the bytes needed and those free."""
+
+    exit_status = EXIT_DISK_FULL
 
 
 class DamagedCheckpoint(UserError):
@@ -90,8 +102,9 @@ class Checkpointer:
     `random_state` is each rank's own; all other plain values are taken to be equal everywhere.
     All methods but `steps`, `latest_step` and `path` are collective: every rank calls them, and an error on one rank
     is raised on all. `keep_latest_k` = 0 keeps everything. `async_mode` "async" copies the state and writes it in the
-    background: call `maybe_finish()` every step and `close()` at the end, or its errors stay unseen. `timeout`: how long
-    a rank waits for the others; None: torch's 30 minutes.
+    background: call `maybe_finish()` every step and `close()` at the end, or its errors stay unseen. `on_failed_save`
+    "continue": a save that fails is a warning, unless it is the last one. `timeout`: how long a rank waits for the
+    others; None: torch's 30 minutes.
     """
 
     def __init__(
@@ -100,6 +113,7 @@ class Checkpointer:
         *,
         keep_latest_k: int = 0,
         async_mode: Literal["disabled", "async"] = "disabled",
+        on_failed_save: Literal["stop", "continue"] = "stop",
         timeout: datetime.timedelta | None = None,
     ) -> None:
         if keep_latest_k < 0 or keep_latest_k == 1:
@@ -108,14 +122,17 @@ class Checkpointer:
                 "that a good one is left when the newest turns out damaged"
             )
         self.folder = Path(folder)
-        self.keep_latest_k = keep_latest_k
+        self.keep_latest_k, self.on_failed_save = keep_latest_k, on_failed_save
         distributed = dist.is_initialized()
         self.rank = dist.get_rank() if distributed else 0
         self.world_size = dist.get_world_size() if distributed else 1
         # Its own group: a write in the background must not mix its collectives with those of training.
         self._group = dist.new_group(backend="gloo", timeout=timeout) if distributed else None
         self._loaded_from: Path | None = None
+        self._found: tuple[Path, set[str]] | None = None  # by `find`, and its files, which need no second reading
+        self._good: set[Path] = set()  # committed here, or every byte read here and found as written
         self._pending: Future[None] | None = None
+        self._pending_is_last = False
         self._stager = self._executor = None
         if async_mode == "async":
             self._stager = _stager()
@@ -140,38 +157,86 @@ class Checkpointer:
         return max(self.steps(), default=None)
 
     def find(self, section: CheckpointSection) -> Path | None:
-        """What to start from: this folder (`load_step` or the latest), else `initial_load_path`, else None.
+        """What to start from: this folder (`load_step` or the latest), else `initial_load_path`, else None. All of it has
+        been read and is as it was written.
 
-        Raises `UserError` when `load_step` or a required checkpoint is not there, `DamagedCheckpoint` when the newest
-        one is incomplete: commits are atomic, so something happened to it, and going back is for the user to decide.
+        Commits are atomic: something has happened to a checkpoint that is not. Going back from it is for the user to
+        decide; with `fallback` the newest that is whole is taken, and the others are kept.
+
+        Raises `DamagedCheckpoint`, and `UserError` when `load_step` or a required checkpoint is not there, or when this
+        folder cannot be written.
         """
-        return self._everywhere("cannot resume", lambda: self._on_rank0(lambda: self._find(section)))[0]
+        candidates = self._everywhere("cannot resume", lambda: self._on_rank0(lambda: self._candidates(section)))[0]
+        fallback, damaged = section.fallback, {}
+        for path in candidates:
+            problem, files = self._read_all(path)
+            if not problem:
+                break
+            if not fallback:
+                self._refuse(path, problem)
+            damaged[path] = problem
+        else:
+            if damaged:
+                raise DamagedCheckpoint(f"none is whole: {'; '.join(damaged.values())}")
+            return None
+        if damaged and self.rank == 0:
+            self._keep_damaged(damaged)
+            print(f"WARNING: checkpoint.fallback = true: going back to {path}, which is whole", flush=True)
+        self._found = (path, files)
+        return path
 
-    def _find(self, section: CheckpointSection) -> Path | None:
-        steps = self.steps()
+    def _candidates(self, section: CheckpointSection) -> list[Path]:
+        """What may be started from, best first; sizes and bytes unseen."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_atomic(self.folder / ".writable", "")
+            (self.folder / ".writable").unlink()
+        except OSError as error:
+            if is_disk_full(error):
+                raise DiskFull(f"{self.folder} cannot be written ({error.strerror})") from None
+            raise UserError(f"job.dump_folder: {self.folder} cannot be written ({error.strerror})") from None
+        there = self._folders(self.folder)
         if section.load_step != -1:
-            if section.load_step not in steps:
-                there = f"the complete ones are {', '.join(map(str, steps))}" if steps else "there is none"
-                raise UserError(f"checkpoint.load_step = {section.load_step} is not in {self.folder}: {there}")
-            return self.path(section.load_step)
-        ours = [path for path in self.folder.glob("step-*") if _STEP.fullmatch(path.name) and (path / _MARKER).exists()]
-        newest = max((int(path.name.removeprefix("step-")) for path in ours), default=-1)
-        if newest > max(steps, default=-1):
-            self._verify(self.path(newest))  # says what is wrong with it
-        if steps:
-            return self.path(steps[-1])
+            if section.load_step not in there:
+                found = f"there are {', '.join(map(str, there))}" if there else "there is none"
+                raise UserError(f"checkpoint.load_step = {section.load_step} is not in {self.folder}: {found}")
+            return [self.path(section.load_step)]
+        if there:
+            return [self.path(step) for step in reversed(there)]
         if section.initial_load_path:
-            return Path(section.initial_load_path)
+            return [Path(section.initial_load_path)]
         if section.require_resume:
             raise UserError(f"checkpoint.require_resume = true, but there is no checkpoint in {self.folder}")
-        return None
+        return []
+
+    def _folders(self, folder: Path) -> list[int]:
+        """The steps whose folders are checkpoints, or were; a copy may lack the files that begin with a dot. Ascending."""
+        names = [_STEP.fullmatch(path.name) for path in folder.iterdir()]
+        paths = {int(name[1]): folder / name[0] for name in names if name}
+        return sorted(n for n, path in paths.items() if any((path / f).exists() for f in (_MARKER, "manifest.json")))
+
+    def _keep_damaged(self, damaged: Mapping[Path, str]) -> None:
+        for path, problem in damaged.items():
+            print(f"WARNING: {problem}; it is kept as it is", flush=True)
+            try:
+                write_atomic(path / _KEEP, f"{problem}\n")
+            except OSError as error:
+                logger.warning("%s cannot be written: %s", path / _KEEP, error)
 
     # Saving
 
-    def save(self, step: int, states: Mapping[str, Stateful], *, extra_files: Mapping[str, str] | None = None) -> None:
-        """Write `step-<step>`. The values are those at the call, in asynchronous mode too.
+    def save(
+        self,
+        step: int,
+        states: Mapping[str, Stateful],
+        *,
+        extra_files: Mapping[str, str] | None = None,
+        last: bool = False,
+    ) -> None:
+        """Write `step-<step>`. The values are those at the call, in asynchronous mode too. `last`: of the run.
 
-        Raises `CheckpointError` on every rank when one cannot write; what was written is removed.
+        Raises `CheckpointError` on every rank when one cannot write, `DiskFull` for want of room; what was written is
+        removed.
         """
         self.wait()
         started = time.perf_counter()
@@ -179,13 +244,15 @@ class Checkpointer:
         extra = dict(extra_files or {})
         assert not {"state.json", "manifest.json", ".metadata"} & set(extra), "reserved file name"
         if self._stager is None:
-            self._write(step, tensors, plain, extra, started)
+            with self._failure_allowed(last):
+                self._write(step, tensors, plain, extra, started)
             return
         plain = json.loads(json.dumps(plain))  # a copy: training goes on
         if (self._stager.state_dict_cache or tensors).keys() != tensors.keys():  # an optimizer has made its first step
             self._stager = _stager()
         staged = self._stager.stage(tensors)
         self._pending = self._executor.submit(self._write, step, staged, plain, extra, started)
+        self._pending_is_last = last
 
     def maybe_finish(self) -> None:
         """Raise the error of a background write that has ended; returns at once while it is running."""
@@ -196,7 +263,18 @@ class Checkpointer:
         """Wait for the background write, if there is one, and raise its error."""
         pending, self._pending = self._pending, None
         if pending is not None:
-            pending.result()
+            with self._failure_allowed(self._pending_is_last):
+                pending.result()
+
+    @contextmanager
+    def _failure_allowed(self, last: bool) -> Iterator[None]:
+        try:
+            yield
+        except CheckpointError as error:
+            if last or self.on_failed_save == "stop":
+                raise
+            if self.rank == 0:
+                print(f'WARNING: {error}. Training goes on: checkpoint.on_failed_save = "continue"', flush=True)
 
     def close(self) -> None:
         """Wait for the background write, free the staging memory and end the own process group, whose threads would
@@ -217,26 +295,32 @@ class Checkpointer:
     ) -> None:
         target = self.path(step)
         temporary = target.with_name(f"{target.name}.tmp")
+        what, needed = f"cannot save {target}", 0
         try:
-            self._everywhere(f"cannot save {target}", lambda: self._on_rank0(lambda: self._begin(temporary)))
-            needed = self._everywhere(f"cannot save {target}", lambda: self._bytes(tensors))
-            self._everywhere(f"cannot save {target}", lambda: self._check_space(sum(needed)))
+            needed = sum(self._everywhere(what, lambda: self._bytes(tensors)))
+            self._everywhere(what, lambda: self._on_rank0(lambda: self._begin(temporary)))
+            self._everywhere(what, lambda: self._on_rank0(lambda: self._check_space(needed)))
             faults.reach("save.before_shards", step)
-            with _dcp_errors(f"cannot save {target}", self.folder), _quiet():
+            with _dcp_errors(what, self.folder), _quiet():
                 dcp.save(
                     tensors,
-                    storage_writer=_Writer(temporary, overwrite=False),
+                    storage_writer=_Writer(temporary, step),
                     planner=DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
                     process_group=self._group,
                 )
             faults.reach("save.before_manifest", step)
-            self._commit(temporary, target, plain, extra)
+            self._commit(step, temporary, plain, extra)
+        except DiskFull as error:  # on all ranks alike
+            free = self._everywhere(what, lambda: self._on_rank0(lambda: self._free_without(temporary)))[0]
+            raise DiskFull(
+                f"{error}: {needed} bytes needed, {free} free in {self.folder}; earlier checkpoints are as they were"
+            ) from None
         except Exception:
             if self.rank == 0:
                 shutil.rmtree(temporary, ignore_errors=True)
             raise
         if self.rank == 0:
-            size, seconds = sum(needed) / 2**20, time.perf_counter() - started
+            size, seconds = needed / 2**20, time.perf_counter() - started
             print(f"saved checkpoint {target} ({size:.0f} MiB in {seconds:.1f} s)", flush=True)
 
     def _begin(self, temporary: Path) -> None:
@@ -253,11 +337,16 @@ class Checkpointer:
         return sum(local_tensor(t).numel() * t.element_size() for t in mine)
 
     def _check_space(self, needed: int) -> None:
-        free = shutil.disk_usage(self.folder).free
-        if self.rank == 0 and free < needed:
-            raise CheckpointError(f"no space: {needed} bytes needed, {free} free in {self.folder}")
+        if shutil.disk_usage(self.folder).free < needed:
+            raise DiskFull("the disk is too full")
 
-    def _commit(self, temporary: Path, target: Path, plain: dict[str, Any], extra: dict[str, str]) -> None:
+    def _free_without(self, temporary: Path) -> int:
+        """Bytes free when what was begun is gone."""
+        shutil.rmtree(temporary, ignore_errors=True)
+        return shutil.disk_usage(self.folder).free
+
+    def _commit(self, step: int, temporary: Path, plain: dict[str, Any], extra: dict[str, str]) -> None:
+        target = self.path(step)
         what = f"cannot commit {target}"
         parts = self._everywhere(what, lambda: plain)
         merged: dict[str, Any] = {}
@@ -269,23 +358,31 @@ class Checkpointer:
                 write_atomic(temporary / name, content)
 
         self._everywhere(what, lambda: self._on_rank0(small_files))
+        # Trained again from an earlier step: ours, whole, and not to be kept, or it goes aside.
+        replaced = self._everywhere(what, lambda: self._on_rank0(lambda: _is_removable(target)))[0]
+        if replaced:
+            problem, _ = self._read_all(target)
+            replaced = not problem
         entries = self._everywhere(what, lambda: [_entry(file) for file in self._my_files(temporary)])
 
         def publish() -> None:
             files = sorted((entry for part in entries for entry in part), key=lambda entry: entry["name"])
             write_atomic(temporary / "manifest.json", json.dumps({"files": files}, indent=1))
             fsync_path(temporary)
-            faults.reach("save.before_rename")
+            faults.reach("save.before_rename", step)
             old = target.with_name(f"{target.name}.old.tmp")
-            if target.exists():  # trained again from an earlier step: the new one takes the name, then the old one goes
+            if target.exists():  # the new one takes the name, then the old one goes
+                old = old if replaced else _unused(target.with_name(f"{target.name}.aside"))
+                print(f"{target} was there already: {'replacing it' if replaced else f'it is now {old}'}", flush=True)
                 target.rename(old)
             temporary.rename(target)
             fsync_path(self.folder)
-            if old.exists():
-                shutil.rmtree(old)
+            if replaced:
+                _remove(old)
 
         self._everywhere(what, lambda: self._on_rank0(publish))
-        faults.reach("save.before_purge")
+        self._good.add(target.resolve())
+        faults.reach("save.before_purge", step)
         if self.rank == 0:
             self._retain()
 
@@ -295,21 +392,23 @@ class Checkpointer:
         return [path for path, shard in names.items() if (int(shard[1]) if shard else 0) == self.rank]
 
     def _retain(self) -> None:
-        """Remove the oldest beyond `keep_latest_k`, but never the one that this run was resumed from."""
-        if self.keep_latest_k == 0:
-            return
-        for step in self.steps()[: -self.keep_latest_k]:
-            path = self.path(step)
-            if self._loaded_from == path.resolve() or not (path / _MARKER).exists():
-                continue
-            try:
-                doomed = path.rename(path.with_name(f"{path.name}.tmp"))  # invisible first: it goes as a whole
-                shutil.rmtree(doomed)
-            except OSError as error:
-                logger.warning("could not remove the old checkpoint %s: %s", path, error)
+        """Leave the newest `keep_latest_k` of those known to be good, and whatever is newer. Of the older ones, those go
+        that are complete, ours and not kept, but never the one that this run was resumed from."""
+        try:
+            self._remove_leftovers()
+            steps = [step for step in self.steps() if not (self.path(step) / _KEEP).exists()]
+            good = [step for step in steps if self.path(step).resolve() in self._good]
+            if not 0 < self.keep_latest_k <= len(good):
+                return
+            for path in [self.path(step) for step in steps if step < good[-self.keep_latest_k]]:
+                if _is_removable(path) and self._loaded_from != path.resolve():
+                    _remove(path.rename(path.with_name(f"{path.name}.tmp")))  # invisible first: it goes as a whole
+        except OSError as error:
+            logger.warning("could not remove old checkpoints from %s: %s", self.folder, error)
 
     def _remove_leftovers(self) -> None:
-        """Clear what a killed run left half-written; a checkpoint that was about to be replaced gets its name back."""
+        """Clear what a killed run, or a removal that failed, left; a checkpoint that was about to be replaced gets its
+        name back."""
         if not self.folder.is_dir():
             return
         for path in sorted(self.folder.iterdir()):
@@ -321,7 +420,7 @@ class Checkpointer:
                 path.rename(target)
                 continue
             print(f"removing the incomplete checkpoint {path}", flush=True)
-            shutil.rmtree(path)
+            _remove(path)
 
     # Loading
 
@@ -345,7 +444,10 @@ class Checkpointer:
         """
         path = self.path(source) if isinstance(source, int) else Path(source)
         what = f"cannot load {path}"
-        files = self._everywhere(what, lambda: self._verify(path))[self.rank]
+        found, self._found = self._found, None
+        problem, files = ("", found[1]) if found and found[0] == path else self._read_all(path)
+        if problem:
+            self._refuse(path, problem)
         saved_tensors, saved_plain = self._everywhere(what, lambda: _read_index(path, files), share=False)
 
         def plan() -> tuple[list[str], dict[str, Any], dict[str, Tensor]]:
@@ -372,22 +474,55 @@ class Checkpointer:
         self._loaded_from = path.resolve()
         return path
 
+    def _read_all(self, path: Path) -> tuple[str, set[str]]:
+        """What is wrong with a checkpoint, the same on all ranks, or ""; and the names in its manifest. Collective.
+        Raises `UserError` when there is none."""
+        try:
+            files = self._everywhere(f"cannot read {path}", lambda: self._verify(path))[self.rank]
+        except DamagedCheckpoint as error:
+            return str(error), set()
+        self._good.add(path.resolve())
+        return "", files
+
     def _verify(self, path: Path) -> set[str]:
         """The names in the manifest, after checking all sizes and this rank's share of the hashes."""
-        files = _read_manifest(path)
-        for number, (name, (size, digest)) in enumerate(sorted(files.items())):
-            actual = (path / name).stat().st_size if (path / name).is_file() else None
-            if actual != size:
-                found = "is missing" if actual is None else f"has {actual} bytes"
-                self._damaged(path, f"{name} {found}, written were {size}")
-            if number % self.world_size == self.rank and _sha256(path / name) != digest:
-                self._damaged(path, f"{name} has changed since it was written (sha256 differs)")
+        name = "manifest.json"
+        try:
+            files = _read_manifest(path)
+            for number, (name, (size, digest)) in enumerate(sorted(files.items())):
+                actual = (path / name).stat().st_size if (path / name).is_file() else None
+                if actual != size:
+                    found = "is missing" if actual is None else f"has {actual} bytes"
+                    raise DamagedCheckpoint(f"damaged checkpoint {path}: {name} {found}, written were {size}")
+                if number % self.world_size == self.rank and _sha256(path / name) != digest:
+                    raise DamagedCheckpoint(
+                        f"damaged checkpoint {path}: {name} has changed since it was written (sha256 differs)"
+                    )
+        except OSError as error:  # a bad block
+            raise DamagedCheckpoint(f"damaged checkpoint {path}: {name}: {error.strerror}") from None
         return set(files)
 
-    def _damaged(self, path: Path, reason: str) -> NoReturn:
-        others = [str(step) for step in self.steps() if self.path(step) != path]
-        hint = f"set checkpoint.load_step to one of: {', '.join(others)}" if others else "there is no other one"
-        raise DamagedCheckpoint(f"damaged checkpoint {path}: {reason}; {hint}")
+    def _refuse(self, path: Path, problem: str) -> NoReturn:
+        """Raise `DamagedCheckpoint`, and say which of those beside it is the newest that is whole. Collective."""
+        folder = path.parent
+        others = self._everywhere(problem, lambda: self._on_rank0(lambda: self._folders(folder)))[0]
+        damaged = []
+        for step in reversed(others):
+            other = folder / f"step-{step}"
+            if other == path:
+                continue
+            if self._read_all(other)[0]:
+                damaged.append(str(step))
+                continue
+            hint = f"step {step} was read and is whole"
+            if folder == self.folder:
+                hint += f": set checkpoint.load_step = {step}, or checkpoint.fallback = true"
+            break
+        else:
+            hint = "no other one is whole" if damaged else "there is no other one"
+        if damaged:
+            hint += f" (damaged as well: {', '.join(damaged)})"
+        raise DamagedCheckpoint(f"{problem}; {hint}")
 
     # Acting together
 
@@ -425,6 +560,8 @@ def _portable(error: Exception | None) -> tuple[type[Exception], str] | None:
         return None
     if isinstance(error, UserError | CheckpointError):
         return type(error), str(error)
+    if is_disk_full(error):
+        return DiskFull, error.strerror
     return CheckpointError, f"{type(error).__name__}: {error}"
 
 
@@ -616,6 +753,29 @@ def read_tensors(path: str | Path, prefix: str) -> dict[str, Tensor]:
     return {key.removeprefix(f"{prefix}."): tensor for key, tensor in wanted.items()}
 
 
+def _is_removable(path: Path) -> bool:
+    return (path / _MARKER).exists() and not (path / _KEEP).exists()
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder of ours, its marker last, so that what an error leaves can be removed the next time."""
+    try:
+        for path in sorted(folder.iterdir()):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            elif path.name != _MARKER:
+                path.unlink()
+        shutil.rmtree(folder)
+    except OSError as error:
+        logger.warning("could not remove %s: %s; the next save tries again", folder, error)
+
+
+def _unused(path: Path) -> Path:
+    """The path, or the first of `<path>-2`, `<path>-3`, ... that is not there."""
+    names = itertools.chain([path], (path.with_name(f"{path.name}-{number}") for number in itertools.count(2)))
+    return next(name for name in names if not name.exists())
+
+
 def _is_complete(path: Path) -> bool:
     try:
         return all((path / name).stat().st_size == size for name, (size, _) in _read_manifest(path).items())
@@ -633,9 +793,21 @@ def _read_index(path: Path, files: Collection[str]) -> tuple[dict[str, metadata.
 
 
 class _Writer(dcp.FileSystemWriter):
+    def __init__(self, path: Path, step: int) -> None:
+        super().__init__(path, overwrite=False)
+        self._step = step
+
     def write_data(self, plan: Any, planner: Any) -> Any:
-        written = super().write_data(plan, planner)
-        faults.reach("save.shards")
+        try:
+            written = super().write_data(plan, planner)
+        except RuntimeError as error:
+            # torch.save tells of its own file's lengths; what the system said is behind it, and is lost on the way to
+            # other ranks.
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, OSError):
+                cause = cause.__cause__ or cause.__context__
+            raise cause or error from None
+        faults.reach("save.shards", self._step)
         return written
 
     def storage_meta(self) -> metadata.StorageMeta:
@@ -701,6 +873,8 @@ def _dcp_errors(what: str, folder: Path) -> Iterator[None]:
         yield
     except CheckpointException as error:
         rank, (cause, _) = next(iter(error.failures.items()))
+        if is_disk_full(cause):
+            raise DiskFull(f"{what} (rank {rank}): {cause.strerror}") from None
         free = shutil.disk_usage(folder).free
         message = f"{what} (rank {rank}): {type(cause).__name__}: {cause} [{free} bytes free in {folder}]"
         raise CheckpointError(message) from error

@@ -32,9 +32,9 @@ import torch.distributed as dist
 
 from fvtitan.components.files import write_atomic
 from fvtitan.distributed.utils import log, on_rank_zero
-from fvtitan.errors import UserError
+from fvtitan.errors import UserError, exit_status
 
-EXIT_STOPPED = 75  # sysexits.h: EX_TEMPFAIL, try again later
+EXIT_STOPPED = 75  # sysexits.h: EX_TEMPFAIL, try again later; the statuses of errors are those of errors.exit_status
 
 # A scheduler that signals every process of a job reaches a rank twice: by itself, and through torchrun, which passes it on.
 SAME_SIGNAL_SECONDS = 1.0
@@ -101,8 +101,8 @@ class Stops:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         state = "stopped" if self.exit_code else "finished"
         if error is not None:
-            state, self.exit_code = "failed", 2 if isinstance(error, UserError) else 1
-            self.reason = str(error) if isinstance(error, UserError) else f"{kind.__name__}: {error}"
+            state, self.exit_code = "failed", exit_status(error)
+            self.reason = str(error) if hasattr(error, "exit_status") else f"{kind.__name__}: {error}"
         self._write_status(state)
         if error is None:
             dist.barrier(self._group)  # torchrun ends the others as soon as one rank exits with a status
@@ -238,10 +238,16 @@ class Stops:
         status["exit_code"] = None if state == "running" else self.exit_code
         status |= {"started": self._started, "updated": _now()}
         self._written = time.monotonic()
+        path, text = self.folder / "status.json", json.dumps(status, indent=2) + "\n"
         try:
-            write_atomic(self.folder / "status.json", json.dumps(status, indent=2) + "\n")
-        except OSError as error:  # the disk is full: the run's own error is the one to see
-            self._say(f"cannot write {self.folder / 'status.json'}: {error.strerror}")
+            try:
+                write_atomic(path, text)
+            except OSError:  # a full disk has no room for another file, but for what this one says
+                with open(path, "r+") as file:
+                    file.write(text)
+                    file.truncate()
+        except OSError as error:  # the run's own error is the one to see
+            self._say(f"cannot write {path}: {error.strerror}")
 
 
 def read_status(folder: str | Path) -> dict[str, Any]:

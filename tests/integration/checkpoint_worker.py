@@ -22,6 +22,7 @@ from fvtitan.components.checkpoint import (
     OptimizerState,
     RandomState,
 )
+from fvtitan.config import CheckpointSection
 from fvtitan.errors import UserError
 
 
@@ -128,6 +129,25 @@ def fail(folder: Path) -> dict:
         except kind as error:
             seen.append(str(error))
     assert digest(net, optimizer) == before
+    (checkpointer.path(0)).mkdir(exist_ok=True)  # somebody's
+    checkpointer.save(3, states)
+    if rank == 1:
+        checkpointer.path(3).joinpath("state.json").unlink()
+    dist.barrier()
+    try:
+        checkpointer.find(CheckpointSection(fallback=True))
+    except DamagedCheckpoint as error:
+        seen.append(str(error))
+    checkpointer.save(2, states)
+    try:
+        checkpointer.find(CheckpointSection())
+    except DamagedCheckpoint as error:
+        seen.append(str(error))
+    assert checkpointer.find(CheckpointSection(fallback=True)) == checkpointer.path(2)
+    checkpointer.load(checkpointer.path(2), states)
+    for step in (1, 3, 4):
+        checkpointer.save(step, states)
+    checkpointer.load(1, states)
     everyone = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, seen)
     return {"errors": everyone}

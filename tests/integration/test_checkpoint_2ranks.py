@@ -23,8 +23,10 @@ def launch(ranks: int, *arguments: object) -> dict:
     return json.loads(result.stdout.strip().splitlines()[-1])
 
 
+@pytest.mark.faults
 @pytest.mark.slow
 def test_two_one_two_ranks_and_errors(tmp_path):
+    """Faults 14, 16, 17, 18, 21."""
     first = launch(2, tmp_path, "train", "fail")
     assert {".metadata", "state.json", "manifest.json", "__0_0.distcp", "__1_0.distcp"} <= set(first["files"])
     second = launch(1, tmp_path, "train")
@@ -37,7 +39,13 @@ def test_two_one_two_ranks_and_errors(tmp_path):
     assert [run["random"] for run in (first, second, third)] == [["rank0", "rank1"], ["rank0"], ["rank0", "rank1"]]
 
     errors = first["errors"]  # what each of the two ranks was told
-    assert errors[0] == errors[1] and len(errors[0]) == 3
-    assert "(rank 1): OSError: [Errno 28] No space left on device" in errors[0][0]
+    assert errors[0] == errors[1] and len(errors[0]) == 5
+    assert "(rank 1): No space left on device" in errors[0][0] and "bytes needed" in errors[0][0]
     assert "__1_0.distcp has changed since it was written" in errors[0][1]
     assert "there is no checkpoint" in errors[0][2]
+    assert "none is whole: " in errors[0][3] and "state.json is missing" in errors[0][3]
+    assert "step 2 was read and is whole" in errors[0][4]
+    folder = tmp_path / "fail"
+    assert sorted(p.name for p in folder.iterdir()) == [
+        *("step-0", "step-1", "step-1.aside", "step-2", "step-3", "step-3.aside", "step-4")
+    ]

@@ -363,10 +363,11 @@ def run_stages(folder: Path, start: Path, case: str) -> tuple[Path, list[Path]]:
     return cache, [folder / f"stage-{number}" for number in range(len(stages))]
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("case", [pytest.param("1 -> 3", marks=pytest.mark.slow), *list(CASES)[1:]])
 def test_stops_of_real_processes(case, start, tmp_path):
-    """Each sample of an epoch once, in the one order, whatever stops, ranks and workers; and what a stage loads is bit for
-    bit what the one before it saved: parameters, optimizer, moving average, schedule, position in the data."""
+    """Faults 1, 20, 21. Each sample of an epoch once, in the one order, whatever stops, ranks and workers; and what a stage
+    loads is bit for bit what the one before it saved: parameters, optimizer, moving average, schedule, position in the data."""
     *_, steps, stages = CASES[case]
     cache, folders = run_stages(tmp_path, start, case)
     taken: dict[int, dict[int, str]] = {}  # step -> position -> sample
@@ -547,8 +548,9 @@ def test_held_out_loss_is_what_it_says(plain, heldout):
         assert row[f"{name}/loss"] == pytest.approx(mean, rel=1e-5)
 
 
+@pytest.mark.faults
 def test_metrics_and_tensorboard_go_on_without_a_step_twice(plain, resumed):
-    """Killed after step 5 was logged, resumed from step 3 on another number of ranks: each step once, in both."""
+    """Fault 41. Killed after step 5 was logged, resumed from step 3 on another number of ranks: each step once, in both."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     rows = values_of(resumed)
@@ -676,7 +678,9 @@ def test_saving_a_never_stepped_optimizer_changes_nothing(two_roles, often):
     assert late["optimizers.critic.state.head.head.weight.step"] == 4
 
 
+@pytest.mark.faults
 def test_a_run_resumes_from_before_an_optimizers_first_step(two_roles, often):
+    """Fault 2."""
     step_of = TwoRolesMethod.single_train_step
 
     def stops(self, batch, step, role):

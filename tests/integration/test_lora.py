@@ -119,8 +119,10 @@ def test_a_checkpoint_holds_adapters_and_the_identity_of_the_base(setting, whole
     assert size == 2 * 4 * RANK * widths * SIZES.num_layers and size < base / 2
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("stop", [5, 7])
 def test_a_stopped_run_resumes_bit_for_bit(setting, whole, tmp_path, monkeypatch, stop):
+    """Fault 2: DMD2."""
     step_of = DMD2Method.single_train_step
 
     def stops(self, batch, step, role):

@@ -52,8 +52,10 @@ def assert_same_checkpoint(first, second) -> None:
     assert json.loads((first / "state.json").read_text()) == json.loads((second / "state.json").read_text())
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_a_stopped_run_resumes_bit_for_bit(cache, tmp_path, monkeypatch, workers):
+    """Fault 1."""
     # 6 steps of 4 samples over 10: the stop lies in the middle of an epoch, and the run crosses epochs.
     keys = {"training__global_batch_size": 4, "data__num_workers": workers}
     assert train(small_arguments(cache, tmp_path / "whole", **keys)) == 0

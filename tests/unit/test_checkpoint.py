@@ -25,6 +25,7 @@ from fvtitan.components.checkpoint import (
     Checkpointer,
     CheckpointError,
     DamagedCheckpoint,
+    DiskFull,
     ModelState,
     OptimizerState,
     RandomState,
@@ -319,21 +320,27 @@ def test_what_to_start_from(tmp_path):
     assert checkpointer.find(CheckpointSection()) is None
     with pytest.raises(UserError, match="require_resume = true, but there is no checkpoint"):
         checkpointer.find(CheckpointSection(require_resume=True))
-    other = CheckpointSection(initial_load_path=str(tmp_path / "other"))
-    assert checkpointer.find(other) == tmp_path / "other"
+    other = CheckpointSection(initial_load_path=str(tmp_path / "other" / "step-5"))
+    with pytest.raises(UserError, match="cannot read .*other/step-5: there is no checkpoint"):
+        checkpointer.find(other)
+    Checkpointer(tmp_path / "other").save(5, simple())
+    assert checkpointer.find(other) == tmp_path / "other/step-5"
     for number in (1, 2, 3):
         checkpointer.save(number, simple())
     assert checkpointer.find(other) == checkpointer.path(3)
     assert checkpointer.find(CheckpointSection(load_step=1)) == checkpointer.path(1)
-    with pytest.raises(UserError, match="load_step = 7 is not in .*: the complete ones are 1, 2, 3"):
+    with pytest.raises(UserError, match="load_step = 7 is not in .*: there are 1, 2, 3"):
         checkpointer.find(CheckpointSection(load_step=7))
     (checkpointer.path(3) / "state.json").unlink()
-    with pytest.raises(DamagedCheckpoint, match="step-3: state.json is missing.*one of: 1, 2"):  # not silently from 2
-        checkpointer.find(CheckpointSection())
+    for section in (CheckpointSection(), CheckpointSection(load_step=3)):  # not silently from 2
+        with pytest.raises(DamagedCheckpoint, match="step-3: state.json is missing.*step 2 was read and is whole: set"):
+            checkpointer.find(section)
     assert checkpointer.find(CheckpointSection(load_step=2)) == checkpointer.path(2)
 
 
+@pytest.mark.faults
 def test_keep_latest_k(tmp_path):
+    """Fault 38."""
     with pytest.raises(UserError, match="keep_latest_k = 1 is not allowed"):
         Checkpointer(tmp_path, keep_latest_k=1)
     everything_kept = Checkpointer(tmp_path)
@@ -347,29 +354,59 @@ def test_keep_latest_k(tmp_path):
     checkpointer.load(1, state)
     assert state["state"].values["t"][0] == 1
     checkpointer.save(4, simple())
-    assert checkpointer.steps() == [1, 3, 4]  # 1 is the one this run was resumed from
+    assert checkpointer.steps() == [1, 2, 3, 4]  # two are known to be good: 1, which was read, and 4
     next(checkpointer.path(3).glob("*.distcp")).write_bytes(b"")
     checkpointer.save(5, simple())
-    assert checkpointer.steps() == [1, 4, 5]  # the damaged 3 does not count, so 4 stays
+    assert checkpointer.steps() == [1, 4, 5]  # 1 is the one this run was resumed from
+    (checkpointer.path(5) / "keep").touch()
     checkpointer.save(6, simple())
-    assert checkpointer.steps() == [1, 5, 6]
+    assert checkpointer.steps() == [1, 4, 5, 6]  # 5 does not count
+    for number in (7, 8):
+        checkpointer.save(number, simple())
+    assert checkpointer.steps() == [1, 5, 7, 8]
+    assert checkpointer.path(3).is_dir()  # damaged
     assert (tmp_path / "step-50").is_dir() and (tmp_path / "notes").is_dir()
 
 
-def test_a_failing_removal_is_no_failure(tmp_path, monkeypatch, caplog):
+@pytest.mark.faults
+def test_a_failing_removal_is_no_failure_and_is_completed(tmp_path, monkeypatch, caplog):
+    """Fault 38."""
     checkpointer = Checkpointer(tmp_path, keep_latest_k=2)
     for number in range(2):
         checkpointer.save(number, simple())
+    unlink = Path.unlink
 
-    def deny(path):
-        raise PermissionError("no")
+    def deny(path, **options):
+        if path.name == "state.json":
+            raise PermissionError(13, "Permission denied")
+        unlink(path, **options)
 
-    monkeypatch.setattr("shutil.rmtree", deny)
-    checkpointer.save(2, simple())
-    assert "could not remove the old checkpoint" in caplog.text and checkpointer.steps() == [1, 2]
-    monkeypatch.undo()
-    Checkpointer(tmp_path)
-    assert not (tmp_path / "step-0.tmp").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", deny)
+        checkpointer.save(2, simple())
+        assert "could not remove" in caplog.text and checkpointer.steps() == [1, 2]
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["step-0.tmp", "step-1", "step-2"]
+        checkpointer.save(3, simple())
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["step-0.tmp", "step-1.tmp", "step-2", "step-3"]
+        Checkpointer(tmp_path)  # nor does it keep a run from starting
+    checkpointer.save(4, simple())
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-3", "step-4"]
+
+
+@pytest.mark.faults
+def test_only_what_is_newer_than_enough_good_ones_keeps_an_old_one(tmp_path):
+    """Fault 38. A run that goes on from 4 knows of one good one; of two after its first save. Later ones of an abandoned
+    course are no reason to remove its own."""
+    before = Checkpointer(tmp_path)
+    for number in (2, 4, 6, 100):
+        before.save(number, simple())
+    checkpointer = Checkpointer(tmp_path, keep_latest_k=2)
+    checkpointer.load(checkpointer.find(CheckpointSection(load_step=4)), simple())
+    checkpointer.save(5, simple())
+    assert checkpointer.steps() == [4, 5, 6, 100]
+    for number in (6, 7, 8):
+        checkpointer.save(number, simple())
+    assert checkpointer.steps() == [4, 7, 8, 100]
 
 
 def test_a_step_that_is_trained_again_replaces_its_checkpoint(tmp_path):
@@ -384,8 +421,41 @@ def test_a_step_that_is_trained_again_replaces_its_checkpoint(tmp_path):
     assert Checkpointer(tmp_path).steps() == [3]
 
 
+@pytest.mark.faults
+def test_what_has_the_name_already_is_kept_unless_it_is_ours_and_whole(tmp_path, capsys):
+    """Fault 18."""
+    checkpointer = Checkpointer(tmp_path)
+    for number in (1, 2, 3, 4, 5):
+        checkpointer.save(number, simple(1.0))
+    damage_flip(checkpointer.path(2))  # of the same size
+    (checkpointer.path(3) / "keep").touch()
+    (checkpointer.path(4) / ".fvtitan-checkpoint").unlink()  # somebody's copy
+    (tmp_path / "step-6").write_text("a file")
+    kept = {n: {p.name: p.read_bytes() for p in checkpointer.path(n).iterdir()} for n in (2, 3, 4)}
+    for number in (2, 3, 4, 5, 6):
+        checkpointer.save(number, simple(2.0))
+        said = f"it is now {tmp_path}/step-{number}.aside" if number != 5 else "replacing it"
+        assert f"{checkpointer.path(number)} was there already: {said}" in capsys.readouterr().out
+        state = simple(0.0)
+        checkpointer.load(number, state)
+        assert state["state"].values["t"][0] == 2.0
+    for number, files in kept.items():
+        assert {p.name: p.read_bytes() for p in (tmp_path / f"step-{number}.aside").iterdir()} == files
+    assert (tmp_path / "step-6.aside").read_text() == "a file"
+    (checkpointer.path(3) / "keep").touch()
+    checkpointer.save(3, simple(3.0))
+    assert sorted(p.name for p in tmp_path.iterdir() if "." in p.name) == [
+        *(f"step-{number}.aside" for number in (2, 3)),
+        "step-3.aside-2",
+        *(f"step-{number}.aside" for number in (4, 6)),
+    ]
+    assert Checkpointer(tmp_path).steps() == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.faults
 @pytest.mark.parametrize("point", ["_commit", "_entry", "write_atomic:manifest.json", "publish"])
 def test_a_kill_before_the_commit_leaves_the_good_one(tmp_path, point):
+    """Fault 3."""
     program = textwrap.dedent(f"""
         import os, signal, sys
         import torch
@@ -463,10 +533,44 @@ def damage_no_manifest(path):
     return "not a complete checkpoint"
 
 
-@pytest.mark.parametrize(
-    "damage", [damage_truncate, damage_flip, damage_missing, damage_state, damage_manifest, damage_no_manifest]
-)
-def test_damage_is_found_before_anything_is_touched(tmp_path, damage):
+def damage_unreadable(path):
+    """A bad block; the patch below makes it one."""
+    (path / "bad block").touch()
+    return r"state.json: Input/output error"
+
+
+DAMAGES = [
+    damage_truncate,
+    damage_flip,
+    damage_missing,
+    damage_state,
+    damage_manifest,
+    damage_no_manifest,
+    damage_unreadable,
+]
+
+
+@pytest.fixture
+def bad_blocks(monkeypatch):
+    from fvtitan.components import checkpoint
+
+    read: list[str] = []  # the folders whose bytes are read
+    sha256 = checkpoint._sha256
+
+    def reading(path):
+        read.append(path.parent.name)
+        if path.name == "state.json" and (path.parent / "bad block").exists():
+            raise OSError(5, "Input/output error")
+        return sha256(path)
+
+    monkeypatch.setattr(checkpoint, "_sha256", reading)
+    return read
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damage_is_found_before_anything_is_touched(tmp_path, damage, bad_blocks):
+    """Faults 15, 16, 17."""
     net = sharded(0)
     optimizer = adamw(net)
     step(net, optimizer, 0)
@@ -482,6 +586,94 @@ def test_damage_is_found_before_anything_is_touched(tmp_path, damage):
     assert str(checkpointer.path(2)) in str(caught.value)
     assert_equal(snapshot(other, fresh), before)
     checkpointer.load(1, everything(other, fresh))
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_going_back_from_damage(tmp_path, damage, bad_blocks, capsys):
+    """Faults 15, 16, 17, 18. Only when asked to; to the newest that is whole; nothing is removed, then or later, and the way
+    is not blocked."""
+    checkpointer = Checkpointer(tmp_path)
+    for number in range(1, 5):
+        checkpointer.save(number, simple(float(number)))
+    damage_flip(checkpointer.path(3))
+    message = damage(checkpointer.path(4))
+    damaged = {n: {p.name: p.read_bytes() for p in checkpointer.path(n).iterdir()} for n in (3, 4)}
+    with pytest.raises(DamagedCheckpoint, match=message) as caught:
+        Checkpointer(tmp_path).find(CheckpointSection())
+    hint = "step 2 was read and is whole: set checkpoint.load_step = 2, or checkpoint.fallback = true"
+    assert str(checkpointer.path(4)) in str(caught.value)
+    assert str(caught.value).endswith(f"; {hint} (damaged as well: 3)")
+    assert {n: {p.name: p.read_bytes() for p in checkpointer.path(n).iterdir()} for n in (3, 4)} == damaged
+
+    for _ in range(2):  # as often as it is tried
+        checkpointer = Checkpointer(tmp_path, keep_latest_k=2)
+        capsys.readouterr()
+        assert checkpointer.find(CheckpointSection(fallback=True)) == checkpointer.path(2)
+        said = capsys.readouterr().out
+        assert "sha256 differs" in said and all(str(checkpointer.path(n)) in said for n in (2, 3, 4))
+        assert f"going back to {checkpointer.path(2)}" in said
+    bad_blocks.clear()
+    state = simple(0.0)
+    checkpointer.load(checkpointer.path(2), state)
+    assert state["state"].values["t"][0] == 2.0 and not bad_blocks  # read once
+    for number in range(3, 8):
+        checkpointer.save(number, simple(10.0 + number))
+    assert checkpointer.steps() == [2, 6, 7]
+    for number, files in damaged.items():
+        there = {p.name: p.read_bytes() for p in (tmp_path / f"step-{number}.aside").iterdir()}
+        assert f"damaged checkpoint {tmp_path}/step-{number}" in there.pop("keep").decode() or number == 4
+        assert there == files
+    assert Checkpointer(tmp_path).find(CheckpointSection()) == checkpointer.path(7)
+
+
+@pytest.mark.faults
+def test_a_copy_without_hidden_files_is_not_passed_over(tmp_path):
+    """Fault 17: `cp step-2/*` leaves out .metadata."""
+    checkpointer = Checkpointer(tmp_path)
+    for number in (1, 2):
+        checkpointer.save(number, simple())
+    for path in checkpointer.path(2).glob(".*"):
+        path.unlink()
+    with pytest.raises(DamagedCheckpoint, match=r"step-2: \.\S+ is missing.*step 1 was read and is whole"):
+        checkpointer.find(CheckpointSection())
+
+
+@pytest.mark.faults
+def test_a_damaged_one_is_never_removed(tmp_path):
+    """Fault 18. Not even when it is old, by a run that knows nothing of it."""
+    checkpointer = Checkpointer(tmp_path)
+    for number in (1, 2):
+        checkpointer.save(number, simple())
+    damage_flip(checkpointer.path(2))
+    checkpointer.find(CheckpointSection(fallback=True))
+    for start in (3, 6):
+        later = Checkpointer(tmp_path, keep_latest_k=2)
+        for number in range(start, start + 3):
+            later.save(number, simple())
+    assert later.steps() == [2, 7, 8]
+
+
+@pytest.mark.faults
+def test_when_none_is_whole(tmp_path):
+    """Fault 18. Neither a fresh start nor another source."""
+    elsewhere = Checkpointer(tmp_path / "elsewhere")
+    elsewhere.save(9, simple())
+    checkpointer = Checkpointer(tmp_path / "c")
+    checkpointer.save(1, simple())
+    damage_flip(checkpointer.path(1))
+    with pytest.raises(DamagedCheckpoint, match="sha256 differs.; there is no other one"):
+        checkpointer.find(CheckpointSection())
+    checkpointer.save(2, simple())
+    damage_truncate(checkpointer.path(2))
+    with pytest.raises(DamagedCheckpoint, match=r"no other one is whole \(damaged as well: 1\)"):
+        checkpointer.find(CheckpointSection())
+    section = CheckpointSection(fallback=True, initial_load_path=str(elsewhere.path(9)))
+    with pytest.raises(DamagedCheckpoint, match="none is whole: .*step-2: .*step-1: "):
+        checkpointer.find(section)
+    damage_manifest(elsewhere.path(9))
+    with pytest.raises(DamagedCheckpoint, match="step-9: manifest.json cannot be read.*there is no other one$"):
+        Checkpointer(tmp_path / "d").find(CheckpointSection(initial_load_path=str(elsewhere.path(9))))
 
 
 class Evil:
@@ -501,7 +693,9 @@ def forge(path, name, content):
     (path / "manifest.json").write_text(json.dumps({"files": files}))
 
 
+@pytest.mark.faults
 def test_a_malicious_metadata_pickle_is_refused(tmp_path):
+    """Fault 40."""
     checkpointer = Checkpointer(tmp_path / "c")
     checkpointer.save(1, simple())
     path, sentinel = checkpointer.path(1), tmp_path / "sentinel"
@@ -519,7 +713,9 @@ def test_a_malicious_metadata_pickle_is_refused(tmp_path):
     assert sentinel.exists()  # it would have worked
 
 
+@pytest.mark.faults
 def test_pickled_objects_and_foreign_files_are_refused(tmp_path):
+    """Fault 40."""
     checkpointer = Checkpointer(tmp_path / "c")
     checkpointer.save(1, simple())
     path = checkpointer.path(1)
@@ -550,7 +746,9 @@ def test_pickled_objects_and_foreign_files_are_refused(tmp_path):
 # Strictness
 
 
+@pytest.mark.faults
 def test_names_and_shapes_must_fit(tmp_path):
+    """Fault 35."""
     net = sharded(0)
     optimizer = adamw(net)
     step(net, optimizer, 0)
@@ -588,7 +786,9 @@ def test_names_and_shapes_must_fit(tmp_path):
         checkpointer.load(77, states)
 
 
+@pytest.mark.faults
 def test_at_most_twenty_names_are_listed(tmp_path):
+    """Fault 35."""
     checkpointer = Checkpointer(tmp_path)
     checkpointer.save(1, {"state": Plain(**{f"t{i:02d}": torch.ones(1) for i in range(30)})})
     with pytest.raises(UserError, match="30 unexpected in the checkpoint: .*state.t19 and 10 more") as caught:
@@ -596,7 +796,9 @@ def test_at_most_twenty_names_are_listed(tmp_path):
     assert "1 missing in the checkpoint: state.other" in str(caught.value) and "t20" not in str(caught.value)
 
 
+@pytest.mark.faults
 def test_another_dtype_is_an_error_unless_asked_for(tmp_path):
+    """Fault 35."""
     checkpointer = Checkpointer(tmp_path)
     checkpointer.save(1, simple(0.3))
     state = {"state": Plain(t=torch.zeros(100, dtype=torch.bfloat16))}
@@ -613,8 +815,10 @@ def fail_to_write(*_, **__):
     raise OSError(28, "No space left on device")
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("where", ["dcp", "commit", "space"])
 def test_a_failed_save_leaves_the_good_one_and_no_rest(tmp_path, monkeypatch, where):
+    """Fault 14."""
     checkpointer = Checkpointer(tmp_path)
     checkpointer.save(1, simple())
     if where == "dcp":
@@ -623,9 +827,11 @@ def test_a_failed_save_leaves_the_good_one_and_no_rest(tmp_path, monkeypatch, wh
         monkeypatch.setattr("fvtitan.components.checkpoint._entry", fail_to_write)
     else:
         monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 7}))
-    with pytest.raises(CheckpointError, match="step-2") as caught:
+    with pytest.raises(DiskFull, match="step-2.* bytes needed, .* free in") as caught:
         checkpointer.save(2, simple())
-    expected = "no space: 400 bytes needed, 7 free" if where == "space" else "No space left on device"
+    expected = (
+        "step-2: the disk is too full: 400 bytes needed, 7 free in" if where == "space" else "No space left on device"
+    )
     assert expected in str(caught.value) and len(str(caught.value)) < 400
     monkeypatch.undo()
     assert [p.name for p in tmp_path.iterdir()] == ["step-1"]
@@ -662,7 +868,9 @@ def test_a_background_save_holds_the_values_of_the_call(tmp_path):
     assert checkpointer.steps() == [2, 3]
 
 
+@pytest.mark.faults
 def test_a_failed_background_save_is_raised_and_never_counts(tmp_path, monkeypatch):
+    """Faults 6 and 14."""
     checkpointer = Checkpointer(tmp_path, async_mode="async")
     monkeypatch.setattr("torch.distributed.checkpoint.FileSystemWriter.write_data", fail_to_write)
     checkpointer.save(1, simple())
@@ -674,6 +882,30 @@ def test_a_failed_background_save_is_raised_and_never_counts(tmp_path, monkeypat
     checkpointer.save(2, simple())
     checkpointer.close()
     assert checkpointer.steps() == [2]
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("mode", ["disabled", "async"])
+def test_a_failed_save_may_be_let_pass_but_not_the_last(tmp_path, monkeypatch, capsys, mode):
+    """Fault 14."""
+    checkpointer = Checkpointer(tmp_path, async_mode=mode, on_failed_save="continue")
+    with monkeypatch.context() as patch:
+        patch.setattr("torch.distributed.checkpoint.FileSystemWriter.write_data", fail_to_write)
+        checkpointer.save(1, simple())
+        checkpointer.wait()
+        said = capsys.readouterr().out
+        assert f"WARNING: cannot save {tmp_path}/step-1" in said and "on_failed_save" in said
+        assert "No space left on device: 400 bytes needed" in said
+        assert not list(tmp_path.iterdir())
+    checkpointer.save(2, simple())
+    checkpointer.wait()
+    with monkeypatch.context() as patch:
+        patch.setattr("torch.distributed.checkpoint.FileSystemWriter.write_data", fail_to_write)
+        with pytest.raises(DiskFull):
+            checkpointer.save(3, simple(), last=True)
+            checkpointer.wait()
+    assert checkpointer.steps() == [2]
+    checkpointer.close()
 
 
 def test_no_process_group_is_needed_to_read(tmp_path):

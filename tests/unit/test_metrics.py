@@ -109,7 +109,9 @@ def test_validation_joins_the_record_of_its_step(tmp_path, capsys):
     assert "step 5/20  validation/loss 0.2500" in capsys.readouterr().out
 
 
+@pytest.mark.faults
 def test_resume_leaves_no_step_twice(tmp_path):
+    """Fault 41."""
     train(tmp_path, 1, 8)  # killed at step 8, the newest checkpoint is step 5
     before = (tmp_path / "metrics.jsonl").read_bytes().splitlines()
     with (tmp_path / "metrics.jsonl").open("ab") as file:
