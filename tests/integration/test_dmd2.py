@@ -165,11 +165,11 @@ def test_a_copy_of_the_teacher_elsewhere_is_the_same_teacher(setting, tmp_path):
 @pytest.mark.parametrize(
     ("broken", "step", "message"),
     [
-        ("teacher", 6, "step 6: not finite: the videos of the teacher; nothing was updated"),
-        ("critic", 6, "step 6: not finite: the videos of the critic; nothing was updated"),
-        ("student", 6, "step 6: not finite: the videos of the student; nothing was updated"),
-        ("critic", 4, "step 4: the gradient norm of critic is nan"),
-        ("student", 4, "step 4: not finite: the videos of the student; nothing was updated"),
+        ("teacher", 6, "step 6: not finite: the videos of the teacher; the gradient norm of the student is nan"),
+        ("critic", 6, "step 6: not finite: the videos of the critic; the gradient norm of the student is nan"),
+        ("student", 6, "step 6: not finite: the videos of the student; the gradient norm of the student is nan"),
+        ("critic", 4, "step 4: not finite: the loss of the critic on rank 0; the gradient norm of the critic is nan"),
+        ("student", 4, "step 4: not finite: the videos of the student; the gradient norm of the critic is nan"),
     ],
 )
 def test_nothing_is_updated_when_a_role_breaks(setting, tmp_path, monkeypatch, broken, step, message):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import re
 from types import SimpleNamespace
 
 import pytest
@@ -389,7 +388,7 @@ def test_values_that_are_not_finite_name_their_role(cache, tmp_path, role, value
     prompts, streams = method.prompt_embeds(batch), method.streams(batch, 7, "student")
     gradient, _ = method.score(method.generate(batch, prompts, streams, 7, "student"), prompts, streams, batch, 7)
     assert gradient.isnan().all()
-    assert re.match(rf"step 7: not finite: the videos of the {role}; nothing.*'0\.mp4'", method.not_finite(7))
+    assert method.not_finite() == f"the videos of the {role}"
 
 
 # -------------------------------------------------------------------------------------------------------------- config
