@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,8 @@ import pytest
 import torch
 
 from fvtitan.components.checkpoint import Checkpointer
-from fvtitan.components.metrics import read_metrics
+from fvtitan.components.metrics import MetricLogger, read_metrics
+from fvtitan.components.spikes import READINGS, WINDOW
 from fvtitan.components.stops import read_status
 from tests.helpers import dmd2_recipe, make_cache, read_checkpoint, small_arguments, train
 from tests.integration.exact_worker import launch, output
@@ -153,3 +155,44 @@ def test_the_other_roles_phase_goes_on(cache, tmp_path, expect, role):
         assert unlike(before, after, "ema.") == []
         assert unlike(before, after, "roles.critic.") != []
         assert plain["schedulers.critic"] != plain_before["schedulers.critic"]
+
+
+# ----------------------------------------------------------------------------------------------------- spikes
+
+
+def test_a_spike_is_said_and_trained_on(cache, tmp_path, expect, capsys):
+    """Fault 25."""
+    expect(f"spike loss step={READINGS + 2}")
+    keys = {"training__steps": READINGS + 3, "training__global_batch_size": 2, "checkpoint__enable": False}
+    assert train(arguments_of(cache, tmp_path, **keys)) == 0
+    warnings = sorted(line for line in capsys.readouterr().out.splitlines() if line.startswith("WARNING"))
+    assert [line.split(" is ")[0] for line in warnings] == [
+        f"WARNING, step {READINGS + 2}: {name}/student" for name in ("grad_norm", "loss")
+    ]
+    assert f"times its median of the last {READINGS + 1} logged steps" in warnings[0]
+    rows = read_metrics(tmp_path / "run/metrics.jsonl")
+    assert rows[-2]["loss/student"] > 500 and rows[-1]["nonfinite_skips"] == 0
+
+
+def values_at(step: int) -> dict[str, float]:
+    """A falling, noisy loss; spikes of two logged steps, a gradient that is not finite, and a smaller spike."""
+    noise = 0.3 * torch.randn(1, generator=torch.Generator().manual_seed(step)).item()
+    loss = math.exp(noise - step / 500) * (50 if step in (200, 201) else 4 if step == 300 else 1)
+    return {"loss/student": loss, "grad_norm/student": math.nan if step == 250 else 2.0, "lr/student": 10.0 * step}
+
+
+def test_a_resumed_run_warns_of_the_same_spikes(tmp_path, capsys):
+    """Fault 25. The window is read from metrics.jsonl, and no checkpoint has to hold it."""
+    said = {}
+    for name, parts in (("whole", [400]), ("resumed", [199, 200, 290, 400])):
+        first = 1
+        for last in parts:
+            logger = MetricLogger(tmp_path / name, total_steps=400, resume_step=first - 1, enable_tensorboard=False)
+            for step in range(first, last + 1):
+                logger.log_step(step, values_at(step))
+            logger.close()
+            first = last + 1
+        said[name] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("WARNING")]
+    assert WINDOW < 199 and said["whole"] == said["resumed"]
+    (warning,) = said["whole"]
+    assert warning.startswith("WARNING, step 200: loss/student is ")
