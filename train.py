@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.errors import record
 
 import fvtitan
 from fvtitan.components import faults
@@ -26,6 +27,7 @@ from fvtitan.components.resume import check_changes
 from fvtitan.components.rng import seed_global_generators
 from fvtitan.components.stops import Stops
 from fvtitan.components.validation import Validator
+from fvtitan.components.watchdog import Watchdog
 from fvtitan.config import load_config
 from fvtitan.data.dataloader import BatchStream
 from fvtitan.data.prepare import prepare_data
@@ -46,16 +48,18 @@ from fvtitan.models import build_roles
 from fvtitan.models.wan.attention import pinned_kernels
 
 
+@record  # the first rank's traceback for torchrun, when it asks for one
 def main() -> int:
     # ------------------------------------------------------------------------------------------ configuration
     cfg = load_config(sys.argv[1:])
     dump_folder = Path(cfg.job.dump_folder)
 
     # ------------------------------------------------------------- device, process group, mesh, random state
-    device = init_distributed(cfg.comm)
+    device = init_distributed(cfg.comm, dump_folder)
     with contextlib.ExitStack() as at_exit:  # what is registered here runs in reverse order, however the run ends
         at_exit.callback(close_distributed)
         stops = at_exit.enter_context(Stops(dump_folder, cfg.comm.stop_grace_seconds, cfg.comm.timeout))
+        watchdog = at_exit.enter_context(Watchdog(dump_folder, cfg.comm.timeout_seconds, stops))
         rank, world_size = dist.get_rank(), dist.get_world_size()
         log(f"{cfg.job.description or cfg.job.config_file}: {world_size} x {device.type}, torch {torch.__version__}")
         mesh, (data_rank, data_world) = Mesh(cfg, device.type), data_ranks(cfg)
@@ -149,6 +153,7 @@ def main() -> int:
         values: dict[str, torch.Tensor | float] = {}  # the newest of every role since the last logged step
         nonfinite = NonFinite(cfg.training.nonfinite, cfg.training.max_nonfinite_skips, train_state)
         for step in range(first_step, cfg.training.steps + 1):
+            watchdog.beat(f"the start of step {step}")
             stops.begin_step()
             faults.reach("step", step)
             if step % cfg.training.gc_freq == 0:
@@ -158,6 +163,7 @@ def main() -> int:
                 phase: dict[str, torch.Tensor | float] = {}
                 samples: list[str] = []
                 for micro_batch in range(accumulation):
+                    watchdog.beat(f"step {step}, {role}, micro-batch {micro_batch}")
                     with metrics.meter.waiting():
                         batch = next(batches)
                     samples += batch["sample_ids"]
@@ -208,7 +214,10 @@ def main() -> int:
             asked = stops.end_step(step, last=final)
             saves = final or asked.stop or asked.save or step % cfg.checkpoint.interval == 0
             validates = final or asked.validate or (step % cfg.validation.interval == 0 and not asked.stop)
-            with metrics.meter.excluded():  # saved first: a validation that fails costs no training
+            with (
+                metrics.meter.excluded(),
+                watchdog.resting(f"checkpoint, validation of step {step}"),
+            ):  # saved first: a validation that fails costs no training
                 if checkpointer is not None and saves:
                     versions = {"fvtitan": fvtitan.__version__, "torch": torch.__version__, "world_size": world_size}
                     sizes = {role: model.sizes for role, model in roles.items() if model.trainable}

@@ -3,12 +3,13 @@
 FVTITAN_TEST=1 FVTITAN_FAULTS="kill save.before_manifest step=4 rank=1; nan loss step=2" torchrun train.py ...
 
 Each fault is `<kind> <point> [step=N] [rank=R] [times=N]`; without step or rank, on every one; `times` = 1 by default, 0: no
-limit. Kinds: kill (SIGKILL), term (SIGTERM), exit (os._exit, as a crash in C does), raise (RuntimeError), hang (for good);
-nan, inf, spike (x 1000) of a tensor that passes. Points: `POINTS`.
+limit. Kinds: kill (SIGKILL), term (SIGTERM), exit (os._exit, as a crash in C does), raise (RuntimeError), hang (for good),
+freeze (the same with the GIL held); nan, inf, spike (x 1000) of a tensor that passes; skip (a call). Points: `POINTS`.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import time
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from fvtitan.errors import UserError, did_you_mean
 
-ACTS = ("kill", "term", "exit", "raise", "hang")
+ACTS = ("kill", "term", "exit", "raise", "hang", "freeze")
 VALUES = {  # what has its derivatives: nan and inf leave them finite
     "nan": lambda value: value + float("nan"),
     "inf": lambda value: value + float("inf"),
@@ -35,6 +36,7 @@ POINTS = {
     "validation": ACTS,  # at its start
     "loader": ACTS,  # a sample is read, in the loader's process; its step is the sample's index
     "loss": tuple(VALUES),  # of a micro-batch
+    "collective": ("skip",),  # the reduction of logged values
     "gradient": tuple(VALUES),  # of one parameter (this rank's shard), after the backward of a phase
 }
 
@@ -103,7 +105,14 @@ def reach(point: str, step: int | None = None) -> None:
         os._exit(13)
     while fault.kind == "hang":
         time.sleep(1)
+    while fault.kind == "freeze":
+        ctypes.PyDLL(None).pause()
     os.kill(os.getpid(), signal.SIGKILL if fault.kind == "kill" else signal.SIGTERM)
+
+
+def skips(point: str) -> bool:
+    """Whether the tests want this call not to be made."""
+    return bool(_faults) and _due(point, None) is not None
 
 
 def spoil(point: str, value: Tensor, step: int | None = None) -> Tensor:

@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,7 +26,8 @@ class CommConfig:
     """[comm]: collectives."""
 
     timeout_seconds: int = 1800
-    """A collective that waits longer ends the job. Must outlast compilation, a validation and a checkpoint."""
+    """A collective that waits longer, or a rank that gets no further in a micro-batch for longer, ends the job: all write their
+    stacks, `status.json` says who did not arrive. Must outlast compilation, a validation and a checkpoint."""
     stop_grace_seconds: int = 25
     """SIGTERM, SIGINT or SIGUSR1: all ranks stop within a step, save, and exit with status 75. A process that is still there
     after this many seconds ends at once, without saving. torchrun kills after 30, or its --shutdown-timeout."""
@@ -42,9 +44,14 @@ class CommConfig:
         return datetime.timedelta(seconds=self.timeout_seconds)
 
 
-def init_distributed(cfg: CommConfig) -> torch.device:
-    """Start the process group (NCCL with a GPU, gloo always) under torchrun, or alone; returns this process's device."""
+def init_distributed(cfg: CommConfig, dump_folder: Path | None = None) -> torch.device:
+    """Start the process group (NCCL with a GPU, gloo always) under torchrun, or alone; returns this process's device. NCCL
+    writes what it recorded into `dump_folder` when one of its collectives times out."""
     faults.arm(os.environ)
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # the last collectives, for who hangs
+    os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
+    if dump_folder is not None:
+        os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", str(dump_folder.absolute() / "nccl_trace.rank"))
     cuda = torch.cuda.is_available()
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
@@ -140,7 +147,8 @@ def max_over_ranks(values: dict[str, Tensor | float], device: torch.device) -> d
 def _reduced(values: dict[str, Tensor | float], device: torch.device, op: dist.ReduceOp) -> dict[str, float]:
     keys = sorted(values)
     stacked = torch.stack([torch.as_tensor(values[key], dtype=torch.float64, device="cpu") for key in keys]).to(device)
-    dist.all_reduce(stacked, op=op)
+    if not faults.skips("collective"):
+        dist.all_reduce(stacked, op=op)
     return dict(zip(keys, stacked.tolist(), strict=True))
 
 
