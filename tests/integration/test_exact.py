@@ -299,7 +299,9 @@ def test_logged_performance_is_that_of_the_worst_rank(cache, start, tmp_path):
     assert row["perf/mfu"] == pytest.approx(row["perf/tflops_per_device"] / 0.5, rel=1e-9)
 
 
+@pytest.mark.faults
 def test_nan_on_one_rank_updates_no_rank(cache, start, tmp_path):
+    """Fault 23."""
     arguments = arguments_of(start, cache, tmp_path / "run", checkpoint__interval=1, training__global_batch_size=4)
     status = launch(2, arguments, tmp_path / "records", nan=(1, 3))
     assert 0 not in status
@@ -364,9 +366,10 @@ def run_stages(folder: Path, start: Path, case: str) -> tuple[Path, list[Path]]:
 
 
 @pytest.mark.parametrize("case", [pytest.param("1 -> 3", marks=pytest.mark.slow), *list(CASES)[1:]])
+@pytest.mark.faults
 def test_stops_of_real_processes(case, start, tmp_path):
-    """Each sample of an epoch once, in the one order, whatever stops, ranks and workers; and what a stage loads is bit for
-    bit what the one before it saved: parameters, optimizer, moving average, schedule, position in the data."""
+    """Fault 21. Each sample of an epoch once, in the one order, whatever stops, ranks and workers; and what a stage loads is
+    bit for bit what the one before it saved: parameters, optimizer, moving average, schedule, position in the data."""
     *_, steps, stages = CASES[case]
     cache, folders = run_stages(tmp_path, start, case)
     taken: dict[int, dict[int, str]] = {}  # step -> position -> sample

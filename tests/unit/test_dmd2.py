@@ -365,9 +365,10 @@ def test_one_frame_has_no_motion(cache, tmp_path):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("role", ["student", "teacher", "critic"])
+@pytest.mark.faults
 def test_values_that_are_not_finite_name_their_role(cache, tmp_path, role, value):
-    """And no other: what teacher and critic make of broken videos is not their fault. One broken frame is enough for no number
-    of the gradient to be used."""
+    """Fault 24. And no other: what teacher and critic make of broken videos is not their fault. One broken frame is enough for
+    no number of the gradient to be used."""
     cfg = toy_config(cache, tmp_path, AUTHORS, method__teacher_guidance_scale=3.0)
 
     def x0(name):
