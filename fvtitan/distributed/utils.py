@@ -48,10 +48,7 @@ def init_distributed(cfg: CommConfig, dump_folder: Path | None = None) -> torch.
     """Start the process group (NCCL with a GPU, gloo always) under torchrun, or alone; returns this process's device. NCCL
     writes what it recorded into `dump_folder` when one of its collectives times out."""
     faults.arm(os.environ)
-    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # the last collectives, for who hangs
-    os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
-    if dump_folder is not None:
-        os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", str(dump_folder.absolute() / "nccl_trace.rank"))
+    _record_collectives(dump_folder)
     cuda = torch.cuda.is_available()
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
@@ -62,6 +59,17 @@ def init_distributed(cfg: CommConfig, dump_folder: Path | None = None) -> torch.
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=cfg.timeout)
     return device
+
+
+def _record_collectives(dump_folder: Path | None) -> None:
+    """Have torch's flight recorder keep the last collectives, to see who hangs where; what the user has set stays."""
+    defaults = {("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE"): "2000", ("TORCH_NCCL_DUMP_ON_TIMEOUT",): "1"}
+    if dump_folder is not None:
+        prefix = dump_folder.absolute() / "nccl_trace.rank"
+        defaults["TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE"] = str(prefix)
+    for names, value in defaults.items():
+        if not any(name in os.environ for name in names):  # the older name counts as well
+            os.environ[names[0]] = value
 
 
 def close_distributed() -> None:

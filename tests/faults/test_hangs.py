@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,9 @@ from typing import Any
 import pytest
 
 from fvtitan.components.checkpoint import Checkpointer
-from fvtitan.components.stops import read_status
-from fvtitan.components.watchdog import explain
+from fvtitan.components.stops import Stops, read_status
+from fvtitan.components.watchdog import Watchdog, explain
+from fvtitan.distributed.utils import _record_collectives
 from fvtitan.methods.dmd2 import DMD2Method
 from tests.faults.test_numbers import expect_faults
 from tests.faults.test_stops import alive, torchrun, wait_for
@@ -80,10 +82,11 @@ def test_a_rank_that_hangs_in_a_step_ends_all(cache, tmp_path):
 
 @pytest.mark.slow
 def test_a_rank_that_hangs_with_the_interpreter_ends_too(cache, tmp_path):
-    """Fault 26. Its own threads do not run any more: its stacks are written from C."""
-    reason = breaks(cache, tmp_path, "freeze step step=2 rank=1", 1)
-    assert "rank 1 does not answer; rank 0 is in step 2, student, micro-batch 0, at " in reason
-    assert "in reach" in stacks(tmp_path)[1]
+    """Fault 26. Its own threads do not run any more: its stacks are written from C, and its part, the status,
+    is another rank's."""
+    reason = breaks(cache, tmp_path, "freeze step step=2 rank=0", 1)
+    assert "rank 0 does not answer; rank 1 is in step 2, student, micro-batch 0, at " in reason
+    assert "in reach" in stacks(tmp_path)[0]
 
 
 @pytest.mark.slow
@@ -148,6 +151,37 @@ def test_nothing_is_saved_of_half_a_step(cache, tmp_path, monkeypatch):
     assert [path.name for path in (tmp_path / "run/checkpoint").iterdir()] == ["step-1"]
     assert train(arguments_of(cache, tmp_path, **keys)) == 0
     assert_same_checkpoint(tmp_path / "whole/run/checkpoint/step-2", tmp_path / "run/checkpoint/step-2")
+
+
+def test_only_steps_are_limited(tmp_path, single_process_group, monkeypatch):
+    """Fault 26. Set-up, checkpoints and validations take their time; the next step is limited again."""
+    late = threading.Event()
+    monkeypatch.setattr(Watchdog, "_leave", lambda self, error=None: late.set())
+    limit = 1.0
+    with Stops(tmp_path, 100) as stops, Watchdog(tmp_path, limit, stops) as watchdog:
+        assert not late.wait(1.3 * limit)
+        watchdog.beat("step 1")
+        with watchdog.resting("validation"):
+            assert not late.wait(1.3 * limit)
+        assert not late.wait(1.3 * limit)
+        watchdog.beat("step 2")
+        assert late.wait(600)
+    assert not list(tmp_path.glob("stacks*"))
+
+
+def test_what_the_user_has_set_for_the_recorder_stays(tmp_path, monkeypatch):
+    names = ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE", "TORCH_NCCL_DUMP_ON_TIMEOUT")
+    names += ("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE")
+    for name in names:
+        monkeypatch.setenv(name, "")  # so that it is as before afterwards
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("TORCH_NCCL_TRACE_BUFFER_SIZE", "7")
+    _record_collectives(tmp_path)
+    prefix = str(tmp_path / "nccl_trace.rank")
+    expected = ["7", "1", prefix]
+    assert [os.environ[name] for name in names if name in os.environ] == expected
+    _record_collectives(tmp_path / "another")
+    assert [os.environ[name] for name in names if name in os.environ] == expected
 
 
 # --------------------------------------------------------------------------------------------------- the report
