@@ -15,7 +15,7 @@ from fvtitan.components.checkpoint import Checkpointer
 from fvtitan.components.metrics import MetricLogger, read_metrics
 from fvtitan.components.spikes import READINGS, WINDOW
 from fvtitan.components.stops import read_status
-from tests.helpers import dmd2_recipe, make_cache, read_checkpoint, small_arguments, train
+from tests.helpers import dmd2_recipe, make_cache, read_checkpoint, self_forcing_recipe, small_arguments, train
 from tests.integration.exact_worker import launch, output
 from tests.integration.test_train import assert_same_checkpoint, training_values
 
@@ -75,7 +75,10 @@ def assert_step_changed_nothing(folder: Path, step: int, skips: int) -> None:
 # ------------------------------------------------------------------------------------------------- not finite
 
 
-@pytest.mark.parametrize("fault", ["nan loss", "inf loss", "nan gradient", "inf gradient"])
+@pytest.mark.parametrize(
+    "fault",
+    ["inf loss", "nan gradient", *(pytest.param(f, marks=pytest.mark.slow) for f in ("nan loss", "inf gradient"))],
+)
 def test_a_skipped_update_leaves_everything_as_it_was(cache, tmp_path, expect, capsys, fault):
     """Fault 23, 24. A loss that is not finite has finite derivatives here: it is seen by itself."""
     expect(f"{fault} step=3")
@@ -139,7 +142,7 @@ def test_a_run_with_skips_resumes_bit_for_bit(cache, tmp_path, expect):
     assert saved(tmp_path / "resumed", 6)[1]["schedulers.student"]["last_epoch"] == 4
 
 
-@pytest.mark.parametrize("role", ["student", "critic"])
+@pytest.mark.parametrize("role", ["student", pytest.param("critic", marks=pytest.mark.slow)])
 def test_the_other_roles_phase_goes_on(cache, tmp_path, expect, role):
     """Fault 24. Of the two phases of a step, the one that is not finite changes nothing of its role, the other one all."""
     expect("inf gradient step=2" if role == "student" else "inf gradient step=3")
@@ -155,6 +158,17 @@ def test_the_other_roles_phase_goes_on(cache, tmp_path, expect, role):
         assert unlike(before, after, "ema.") == []
         assert unlike(before, after, "roles.critic.") != []
         assert plain["schedulers.critic"] != plain_before["schedulers.critic"]
+
+
+@pytest.mark.slow
+def test_a_loss_whose_gradient_is_replayed_is_seen_too(cache, tmp_path, expect):
+    """Fault 24."""
+    expect("inf loss step=2")
+    recipe = self_forcing_recipe(tmp_path, gradient_mode="replay", student_update_interval=1)
+    keys = {"job__config_file": recipe, "training__steps": 2, "training__global_batch_size": 2, **skipping()}
+    assert train(arguments_of(cache, tmp_path, **keys)) == 0
+    before, after = saved(tmp_path, 1)[0], saved(tmp_path, 2)[0]
+    assert unlike(before, after, "roles.student.") == [] and unlike(before, after, "roles.critic.") != []
 
 
 # ----------------------------------------------------------------------------------------------------- spikes
