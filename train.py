@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.errors import record
 
 import fvtitan
 from fvtitan.components import faults
@@ -21,10 +22,12 @@ from fvtitan.components.checkpoint import Checkpointer, TrainState
 from fvtitan.components.ema import EMA
 from fvtitan.components.files import write_atomic
 from fvtitan.components.metrics import MetricLogger
+from fvtitan.components.nonfinite import NonFinite
 from fvtitan.components.resume import check_changes
 from fvtitan.components.rng import seed_global_generators
 from fvtitan.components.stops import Stops
 from fvtitan.components.validation import Validator
+from fvtitan.components.watchdog import Watchdog
 from fvtitan.config import load_config
 from fvtitan.data.dataloader import BatchStream
 from fvtitan.data.prepare import prepare_data
@@ -45,16 +48,18 @@ from fvtitan.models import build_roles
 from fvtitan.models.wan.attention import pinned_kernels
 
 
+@record  # the first rank's traceback for torchrun, when it asks for one
 def main() -> int:
     # ------------------------------------------------------------------------------------------ configuration
     cfg = load_config(sys.argv[1:])
     dump_folder = Path(cfg.job.dump_folder)
 
     # ------------------------------------------------------------- device, process group, mesh, random state
-    device = init_distributed(cfg.comm)
+    device = init_distributed(cfg.comm, dump_folder)
     with contextlib.ExitStack() as at_exit:  # what is registered here runs in reverse order, however the run ends
         at_exit.callback(close_distributed)
         stops = at_exit.enter_context(Stops(dump_folder, cfg.comm.stop_grace_seconds, cfg.comm.timeout))
+        watchdog = at_exit.enter_context(Watchdog(dump_folder, cfg.comm.timeout_seconds, stops))
         rank, world_size = dist.get_rank(), dist.get_world_size()
         log(f"{cfg.job.description or cfg.job.config_file}: {world_size} x {device.type}, torch {torch.__version__}")
         mesh, (data_rank, data_world) = Mesh(cfg, device.type), data_ranks(cfg)
@@ -147,7 +152,9 @@ def main() -> int:
         accumulation = batches.accumulation
         network_sizes = {role: model.transformer.cfg for role, model in roles.items()}
         values: dict[str, torch.Tensor | float] = {}  # the newest of every role since the last logged step
+        nonfinite = NonFinite(cfg.training.nonfinite, cfg.training.max_nonfinite_skips, train_state)
         for step in range(first_step, cfg.training.steps + 1):
+            watchdog.beat(f"the start of step {step}")
             stops.begin_step()
             faults.reach("step", step)
             if step % cfg.training.gc_freq == 0:
@@ -155,30 +162,36 @@ def main() -> int:
             for role in method.phases(step):
                 module, optimizer = method.role_modules[role], method.optimizers[role]
                 phase: dict[str, torch.Tensor | float] = {}
+                samples: list[str] = []
                 for micro_batch in range(accumulation):
+                    watchdog.beat(f"step {step}, {role}, micro-batch {micro_batch}")
                     with metrics.meter.waiting():
                         batch = next(batches)
+                    samples += batch["sample_ids"]
                     last = micro_batch == accumulation - 1
                     module.set_requires_gradient_sync(last or not cfg.parallelism.defer_grad_sync)
                     loss, extra = method.single_train_step(batch, step, role)
-                    (loss / accumulation).backward()  # every sample of the global batch weighs the same
+                    loss = faults.spoil("loss", loss, step)
+                    # Every sample of the global batch weighs the same. 0 * loss: one that is not finite makes all gradients
+                    # NaN, and so the norm on all ranks, whatever its derivative is.
+                    loss.backward((1 + 0 * loss.detach()) / accumulation)
                     for name, value in {f"loss/{role}": loss, **extra}.items():
                         phase[name] = phase.get(name, 0.0) + value.detach() / accumulation
 
-                grad_norm = clip_grad_norm(method.get_grad_clip_targets(role), cfg.training.max_norm)
-                # The norm is global: every rank sees it, none updates. The only host sync of an optimizer step.
-                if not torch.isfinite(grad_norm):
-                    raise FloatingPointError(
-                        method.not_finite(step)
-                        or f"step {step}: the gradient norm of {role} is {float(grad_norm)}; its loss on rank {rank} is "
-                        f"{float(phase[f'loss/{role}'])}. Nothing was updated; samples: {batch['sample_ids']}"
-                    )
+                targets = method.get_grad_clip_targets(role)
+                faults.spoil_gradient(targets, step)
+                grad_norm = clip_grad_norm(targets, cfg.training.max_norm)
                 values |= phase | {f"grad_norm/{role}": grad_norm, f"lr/{role}": optimizer.param_groups[0]["lr"]}
-                optimizer.step()
+                # The norm is global: either every rank updates or none. The only host sync of an optimizer step.
+                if torch.isfinite(grad_norm):
+                    optimizer.step()
+                    method.lr_schedulers[role].step()  # counts updates: a skipped one leaves the role as it was
+                    if ema is not None and role == "student":
+                        ema.update(step)
+                else:
+                    numbers = {"norm": float(grad_norm), "loss": float(phase[f"loss/{role}"])}
+                    nonfinite.skip(step, role, **numbers, samples=samples, cause=method.not_finite())  # or raises
                 optimizer.zero_grad()
-                method.lr_schedulers[role].step()
-                if ema is not None and role == "student":
-                    ema.update(step)
                 passes = method.passes(cfg, role, method.exit_rungs(step, role))
                 flops = phase_flops(cfg, passes, network_sizes, *method.latent_shape(batch)[-2:])
                 metrics.meter.count_flops(flops * batches.sampler.global_batch_size)
@@ -191,7 +204,7 @@ def main() -> int:
             )
             if metrics.due(step):
                 values = mean_over_ranks(values, device)
-                metrics.log_step(step, values)
+                metrics.log_step(step, values | {"nonfinite_skips": train_state.nonfinite_skips})
                 for warning in method.warnings(values):
                     log(f"WARNING, step {step}: {warning}")
                 values = {}
@@ -202,7 +215,10 @@ def main() -> int:
             asked = stops.end_step(step, last=final)
             saves = final or asked.stop or asked.save or step % cfg.checkpoint.interval == 0
             validates = final or asked.validate or (step % cfg.validation.interval == 0 and not asked.stop)
-            with metrics.meter.excluded():  # saved first: a validation that fails costs no training
+            with (
+                metrics.meter.excluded(),
+                watchdog.resting(f"checkpoint, validation of step {step}"),
+            ):  # saved first: a validation that fails costs no training
                 if checkpointer is not None and saves:
                     versions = {"fvtitan": fvtitan.__version__, "torch": torch.__version__, "world_size": world_size}
                     sizes = {role: model.sizes for role, model in roles.items() if model.trainable}

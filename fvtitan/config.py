@@ -270,6 +270,11 @@ class TrainingSection:
     """Clips per optimizer step over all ranks; gradients are accumulated to reach it. -1: local_batch_size x data ranks."""
     max_norm: float = 1.0
     """Gradients are clipped to this global L2 norm."""
+    nonfinite: Literal["halt", "skip"] = "halt"
+    """A loss or gradient norm that is NaN or infinite on any rank updates nothing anywhere. halt: the run ends. skip: it goes
+    on without this update of this role, whose learning rate schedule counts updates. Both name the samples."""
+    max_nonfinite_skips: int = 10
+    """skip: how many updates may be skipped in the whole run, over all roles and resumes; one more ends it."""
     seed: int = 0
     """Seed of every random stream of the run."""
     deterministic: bool = False
@@ -290,6 +295,15 @@ class TrainingSection:
             "ranks",
         )
         _require(self.max_norm > 0, f"training.max_norm = {self.max_norm}: must be > 0")
+        _require(
+            self.max_nonfinite_skips >= 1,
+            f'training.max_nonfinite_skips = {self.max_nonfinite_skips}: must be >= 1; training.nonfinite = "halt" skips none',
+        )
+        _require(
+            self.nonfinite == "skip" or self.max_nonfinite_skips == TrainingSection.max_nonfinite_skips,
+            f"training.max_nonfinite_skips = {self.max_nonfinite_skips} has no effect with training.nonfinite = "
+            f'{self.nonfinite!r}: remove it, or use "skip"',
+        )
         _require(self.seed >= 0, f"training.seed = {self.seed}: must be >= 0")
         _require(self.gc_freq >= 1, f"training.gc_freq = {self.gc_freq}: must be >= 1")
 

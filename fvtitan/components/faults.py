@@ -3,24 +3,29 @@
 FVTITAN_TEST=1 FVTITAN_FAULTS="kill save.before_manifest step=4 rank=1; nan loss step=2" torchrun train.py ...
 
 Each fault is `<kind> <point> [step=N] [rank=R] [times=N]`; without step or rank, on every one; `times` = 1 by default, 0: no
-limit. Kinds: kill (SIGKILL), term (SIGTERM), exit (os._exit, as a crash in C does), raise (RuntimeError), hang (for good);
-nan, inf (in a tensor that passes). Points: `POINTS`.
+limit. Kinds: kill (SIGKILL), term (SIGTERM), exit (os._exit, as a crash in C does), raise (RuntimeError), hang (for good),
+freeze (the same with the GIL held); nan, inf, spike (x 1000) of a tensor that passes; skip (a call). Points: `POINTS`.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from fvtitan.errors import UserError, did_you_mean
 
-ACTS = ("kill", "term", "exit", "raise", "hang")
-VALUES = {"nan": float("nan"), "inf": float("inf")}
+ACTS = ("kill", "term", "exit", "raise", "hang", "freeze")
+VALUES = {  # what has its derivatives: nan and inf leave them finite
+    "nan": lambda value: value + float("nan"),
+    "inf": lambda value: value + float("inf"),
+    "spike": lambda value: value * 1000,
+}
 POINTS = {
     "step": ACTS,  # train.py, at the start of a step
     "save.before_shards": ACTS,  # the temporary folder is there
@@ -31,7 +36,8 @@ POINTS = {
     "validation": ACTS,  # at its start
     "loader": ACTS,  # a sample is read, in the loader's process; its step is the sample's index
     "loss": tuple(VALUES),  # of a micro-batch
-    "gradient": tuple(VALUES),  # of one parameter, after the backward of a phase
+    "collective": ("skip",),  # the reduction of logged values
+    "gradient": tuple(VALUES),  # of one parameter (this rank's shard), after the backward of a phase
 }
 
 
@@ -99,11 +105,25 @@ def reach(point: str, step: int | None = None) -> None:
         os._exit(13)
     while fault.kind == "hang":
         time.sleep(1)
+    while fault.kind == "freeze":
+        ctypes.PyDLL(None).pause()
     os.kill(os.getpid(), signal.SIGKILL if fault.kind == "kill" else signal.SIGTERM)
 
 
+def skips(point: str) -> bool:
+    """Whether the tests want this call not to be made."""
+    return bool(_faults) and _due(point, None) is not None
+
+
 def spoil(point: str, value: Tensor, step: int | None = None) -> Tensor:
-    """The tensor, or what the tests put in its place: NaN or infinity, added, so that it has its derivatives."""
+    """The tensor, or what the tests put in its place: a function of it, so that it has derivatives."""
     if not _faults or not (fault := _due(point, step)):
         return value
-    return value + VALUES[fault.kind]
+    return VALUES[fault.kind](value)
+
+
+def spoil_gradient(parameters: Mapping[str, nn.Parameter], step: int) -> None:
+    """The same to the gradient of the first parameter that has one here."""
+    if _faults:
+        first = next(p for p in parameters.values() if p.grad is not None)
+        first.grad = spoil("gradient", first.grad, step)

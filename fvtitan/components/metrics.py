@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fvtitan.components.files import write_atomic
+from fvtitan.components.spikes import WINDOW, SpikeWatch
 from fvtitan.components.visualise import gif_bytes
 from fvtitan.distributed.utils import max_over_ranks
 from fvtitan.errors import UserError
@@ -142,6 +143,7 @@ class MetricLogger:
         self.meter = ThroughputMeter(device, num_devices, peak_tflops)
         self._file = self._writer = self._wandb = None
         self._last: tuple[dict[str, Any], int] | None = None  # the newest record and where its line begins
+        self._spikes = SpikeWatch()
         if enable_wandb:
             _check_wandb()
         if rank != 0:
@@ -150,6 +152,8 @@ class MetricLogger:
         path = self.folder / "metrics.jsonl"
         truncate_metrics(path, resume_step)
         self._file = open(path, "ab")
+        for record in read_metrics(path)[-2 * WINDOW :]:  # so it needs no place in checkpoints
+            self._spikes.read(record)
         if path.stat().st_size:
             last = path.read_bytes().splitlines(keepends=True)[-1]
             self._last = (json.loads(last), path.stat().st_size - len(last))
@@ -180,6 +184,8 @@ class MetricLogger:
             numbers = _numbers(values)
             self._write(step, numbers | performance)
             print(self._line(step, numbers, performance), flush=True)
+            for warning in self._spikes.read(numbers):
+                print(f"WARNING, step {step}: {warning}", flush=True)
 
     def log(self, step: int, values: Mapping[str, float | Tensor]) -> None:
         """Log other values of a step (validation, judge) whatever `log_freq` is; they join the step's record."""

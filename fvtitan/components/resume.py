@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 # loader, a teacher by its hash; initial weights have been used up).
 RUNTIME = re.compile(
     r"(job|parallelism|activation_checkpoint|compile|checkpoint|validation|metrics|comm)\..*"
-    r"|training\.(steps|local_batch_size|global_batch_size|seed|deterministic|gc_freq)"
+    r"|training\.(steps|local_batch_size|global_batch_size|seed|deterministic|gc_freq|nonfinite|max_nonfinite_skips)"
     r"|data\.(path|pipeline|num_workers|moving_shapes_clips)"
     r"|models\.\w+\.(flavor|init_from|init_role|init_weights|attention_backend|share_base_with|cpu_offload|parallelism\..*)"
     r"|optimizer\.implementation"

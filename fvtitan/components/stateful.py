@@ -167,16 +167,18 @@ class SchedulerState:
 
 
 class TrainState:
-    """How far training has come: `step` optimizer steps are done."""
+    """How far training has come: `step` steps are done, `nonfinite_skips` updates in them were skipped."""
 
     def __init__(self, step: int = 0) -> None:
         self.step = step
+        self.nonfinite_skips = 0
 
     def state_dict(self) -> dict[str, Any]:
-        return {"step": self.step}
+        return {"step": self.step, "nonfinite_skips": self.nonfinite_skips}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.step = state_dict["step"]
+        self.nonfinite_skips = state_dict.get("nonfinite_skips", 0)  # older checkpoints know no skips
 
 
 class Identity:

@@ -69,6 +69,7 @@ class Stops:
         self.folder, self.grace_seconds, self.timeout = Path(folder), grace_seconds, timeout
         self.step: int | None = None  # the last complete one
         self.reason = ""
+        self.cause = ""  # what failed first, on another rank
         self.exit_code = 0
         self._rank = dist.get_rank()
         self._started, self._state, self._written = _now(), "running", 0.0
@@ -84,7 +85,7 @@ class Stops:
         for line in on_rank_zero(self._take_folder):
             log(line)
         # Its own group: the agreement runs beside the collectives of the step.
-        self._group = dist.new_group(backend="gloo", timeout=self.timeout)
+        self._group = dist.new_group(backend="gloo", timeout=self.timeout, group_desc="stops")
         forget = weakref.WeakMethod(self._forget)
         os.register_at_fork(after_in_child=lambda: (action := forget()) and action())
         # Python runs a handler between two bytecodes of the main thread, never while it waits in a collective. So they do
@@ -102,7 +103,8 @@ class Stops:
         state = "stopped" if self.exit_code else "finished"
         if error is not None:
             state, self.exit_code = "failed", exit_status(error)
-            self.reason = str(error) if hasattr(error, "exit_status") else f"{kind.__name__}: {error}"
+            said = str(error) if hasattr(error, "exit_status") else f"{kind.__name__}: {error}"
+            self.reason = self.cause or said
         self._write_status(state)
         if error is None:
             dist.barrier(self._group)  # torchrun ends the others as soon as one rank exits with a status
@@ -230,9 +232,15 @@ class Stops:
 
     # -------------------------------------------------------------------------------------------------- status
 
-    def _write_status(self, state: str) -> None:
+    def fail(self, reason: str) -> None:
+        """Write that the run has failed; for any rank and thread that is about to end its process with status 1."""
+        if self._state == "running":  # else the run has ended and said so
+            self.reason, self.exit_code = reason, 1
+            self._write_status("failed", any_rank=True)
+
+    def _write_status(self, state: str, *, any_rank: bool = False) -> None:
         self._state = state
-        if self._rank != 0:
+        if self._rank != 0 and not any_rank:
             return
         status = {"state": state, "step": self.step, "reason": _one_line(self.reason, os.environ)}
         status["exit_code"] = None if state == "running" else self.exit_code

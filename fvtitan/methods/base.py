@@ -147,9 +147,9 @@ class TrainingMethod(nn.Module, ABC):
     def single_train_step(self, batch: dict[str, Any], step: int, role: str) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss (0-d) and metrics of one micro-batch of one role's phase: the mean over the micro-batch's samples."""
 
-    def not_finite(self, step: int) -> str:
-        """Why the gradient of the phase that just ran is not finite, for the error of this rank; empty: unknown. Phases keep
-        what they see on the device, and it is read here alone: a host sync in every step would stall a GPU."""
+    def not_finite(self) -> str:
+        """What is not finite in the phase that just ran, as this rank sees it ("the videos of the teacher"); empty: unknown.
+        Phases keep what they see on the device, and it is read here alone: a host sync in every step would stall a GPU."""
         return ""
 
     def get_grad_clip_targets(self, role: str) -> dict[str, nn.Parameter]:

@@ -144,7 +144,7 @@ class DMD2Method(TrainingMethod):
         self.uncond_embeds = self.data.negative_prompt_embeds if uncond == "negative" else self.data.empty_prompt_embeds
         self.watch = CollapseWatch()
         self._phase: tuple[int, str] = (0, "")
-        self._finite: list[tuple[list[str], dict[str, Tensor]]] = []  # of its micro-batches: samples, flags by role
+        self._finite: list[dict[str, Tensor]] = []  # of its micro-batches: flags by role
 
     @classmethod
     def needs_latents(cls, cfg: JobConfig) -> bool:
@@ -230,7 +230,7 @@ class DMD2Method(TrainingMethod):
         sigma, noisy = self.noise_for_scores(generated, streams)
         fake = self.critic.predict_x0(noisy, sigma, self.critic.conditioning(prompts))
         real, conditional = self.teacher_x0(noisy, sigma, prompts)
-        finite = self.watch_finite(batch, {"student": generated, "critic": fake, "teacher": real})
+        finite = self.watch_finite({"student": generated, "critic": fake, "teacher": real})
         metrics = {
             "dmd/student_real_distance": (generated - real).abs().mean(),
             "dmd/critic_error_ratio": (generated - fake).square().mean() / (generated - conditional).square().mean(),
@@ -241,19 +241,19 @@ class DMD2Method(TrainingMethod):
                 metrics["dmd/motion_to_teacher"] = motion_energy(generated) / motion_energy(real)
         return distribution_matching_gradient(generated, real, fake).where(finite, torch.nan), metrics
 
-    def watch_finite(self, batch: dict[str, Any], videos: dict[str, Tensor]) -> Tensor:
+    def watch_finite(self, videos: dict[str, Tensor]) -> Tensor:
         """Whether the videos of all roles hold neither NaN nor Inf, a 0-d bool; kept by role for `not_finite`."""
         flags = {role: video.isfinite().all() for role, video in videos.items()}
-        self._finite.append((batch["sample_ids"], flags))
+        self._finite.append(flags)
         return torch.stack(list(flags.values())).all()
 
-    def not_finite(self, step: int) -> str:
+    def not_finite(self) -> str:
         """Names the roles whose videos held NaN or Inf: the student, or who could not judge its sound videos."""
-        for samples, flags in self._finite:
+        for flags in self._finite:
             bad = [role for role, flag in flags.items() if not flag]
             if bad:
                 roles = "student" if "student" in bad else " and the ".join(bad)
-                return f"step {step}: not finite: the videos of the {roles}; nothing was updated; samples: {samples}"
+                return f"the videos of the {roles}"
         return ""
 
     def critic_step(self, batch: dict[str, Any], step: int) -> tuple[Tensor, dict[str, Tensor]]:
@@ -261,7 +261,7 @@ class DMD2Method(TrainingMethod):
         streams, prompts = self.streams(batch, step, "critic"), self.prompt_embeds(batch)
         with torch.no_grad():
             generated = self.generate(batch, prompts, streams, step, "critic")
-        self.watch_finite(batch, {"student": generated})
+        self.watch_finite({"student": generated})
         sigma, noisy = self.noise_for_scores(generated, streams)
         prediction = self.critic.predict_velocity(noisy, sigma, self.critic.conditioning(prompts))
         target = flow_matching.velocity(generated, streams.randn("score_noise", *generated.shape[1:]))

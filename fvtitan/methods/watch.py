@@ -27,7 +27,7 @@ class CollapseWatch:
         self._warned: set[str] = set()
 
     def read(self, values: Mapping[str, float]) -> list[str]:
-        """The new warnings. Values that are not there are not judged."""
+        """The new warnings. Values that are not there, or of a skipped update, are not judged."""
         checks = {
             "dmd/motion_to_teacher": self._static,
             "dmd/variance_to_teacher": self._variance,
@@ -35,7 +35,7 @@ class CollapseWatch:
         }
         warnings = []
         for name, check in checks.items():
-            if name not in values:
+            if not math.isfinite(values.get(name, math.nan)):
                 continue
             ratio, readings = self._update(name, values[name])
             message = check(ratio) if readings >= READINGS else ""

@@ -146,8 +146,9 @@ def test_diffusion_forcing_is_the_same_on_two_ranks_and_with_checkpointing(cache
 
 
 @pytest.mark.slow
+@pytest.mark.faults
 def test_resume_on_another_number_of_ranks(cache, tmp_path):
-    """2 -> 1 -> 2 ranks: parameters, optimizer and EMA are exact at load, and the data goes on where it stopped."""
+    """Fault 21. 2 -> 1 -> 2 ranks: parameters, optimizer and EMA are exact at load, and the data goes on where it stopped."""
     keys = {"training__global_batch_size": 4, "checkpoint__interval": 2, "checkpoint__keep_latest_k": 0}
     assert train(small_arguments(cache, tmp_path / "one", **keys)) == 0
     for ranks, last in ((2, 2), (1, 4), (2, 6)):
@@ -184,7 +185,9 @@ def test_flex_attention_cannot_train_on_a_cpu(cache, tmp_path, capsys):
     assert len(error) == 1 and 'models.student.attention_backend = "flex"' in error[0]
 
 
+@pytest.mark.faults
 def test_nothing_is_updated_when_the_gradient_is_not_finite(cache, tmp_path, monkeypatch):
+    """Fault 23."""
     step_of = FineTuneMethod.single_train_step
 
     def diverges(self, batch, step, role):
@@ -192,7 +195,9 @@ def test_nothing_is_updated_when_the_gradient_is_not_finite(cache, tmp_path, mon
         return (loss * float("nan") if step == 3 else loss), metrics
 
     monkeypatch.setattr(FineTuneMethod, "single_train_step", diverges)
-    with pytest.raises(FloatingPointError, match=r"step 3: the gradient norm of student is nan.*samples: \["):
+    with pytest.raises(
+        FloatingPointError, match="step 3: not finite: the loss of the student on rank 0; the gradient norm"
+    ):
         train(small_arguments(cache, tmp_path, checkpoint__interval=1))
     steps = sorted(path.name for path in (tmp_path / "checkpoint").glob("step-*"))
     assert steps == ["step-1", "step-2"]
@@ -213,9 +218,10 @@ def test_training_imports_no_encoder(cache, tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
 
 
+@pytest.mark.faults
 def test_a_changed_key_is_refused_with_both_values_or_takes_effect(cache, tmp_path, capsys):
-    """What decides what is learned; nothing of the run is touched by the refusal. With leave, the new learning rate is used
-    from the next step on, at the schedule's position, and the weight decay by every matrix."""
+    """Fault 19. What decides what is learned; nothing of the run is touched by the refusal. With leave, the new learning rate
+    is used from the next step on, at the schedule's position, and the weight decay by every matrix."""
     keys = {"training__steps": 4, "checkpoint__interval": 2}
     assert train(small_arguments(cache, tmp_path, **keys)) == 0
     shutil.rmtree(tmp_path / "checkpoint/step-4")
@@ -245,15 +251,18 @@ def test_a_changed_key_is_refused_with_both_values_or_takes_effect(cache, tmp_pa
     assert sorted(group["weight_decay"] for group in groups["param_groups"]) == [0.0, 0.5]
 
 
+@pytest.mark.faults
 def test_an_allowed_key_must_exist(cache, tmp_path, capsys):
+    """Fault 19."""
     assert train(small_arguments(cache, tmp_path, training__steps=1)) == 0
     arguments = small_arguments(cache, tmp_path, training__steps=2)
     assert train([*arguments, "--checkpoint.allow_changed", "optimizer.rl"]) == 2
     assert "'optimizer.rl' is not a key of this run. Did you mean 'optimizer.lr'" in capsys.readouterr().err
 
 
+@pytest.mark.faults
 def test_keys_of_execution_may_change(cache, tmp_path):
-    """Workers, batch split, checkpointing of activations, validation, logging, the number of steps: the same training."""
+    """Fault 20. Workers, batch split, checkpointing of activations, validation, logging, the number of steps."""
     assert train(small_arguments(cache, tmp_path / "whole", training__steps=4, training__global_batch_size=2)) == 0
     assert train(small_arguments(cache, tmp_path / "split", training__steps=2, training__global_batch_size=2)) == 0
     other = {

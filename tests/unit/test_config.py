@@ -84,6 +84,8 @@ def test_method_keys_are_typed(tmp_path):
             "[training]\nlocal_batch_size = 4\nglobal_batch_size = 6\n",
             "multiple of local_batch_size x data ranks = 4 x 1; nearest: 4 or 8",
         ),
+        ("[training]\nmax_nonfinite_skips = 3\n", r"max_nonfinite_skips = 3 has no effect .* use \"skip\""),
+        ('[training]\nnonfinite = "skip"\nmax_nonfinite_skips = 0\n', "max_nonfinite_skips = 0: must be >= 1"),
         ("[parallelism]\ndata_parallel_replicate_degree = 2\n", "is 2, but there are 1 processes"),
         ("a = = 3\n", "not a TOML file"),
     ],

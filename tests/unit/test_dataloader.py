@@ -183,7 +183,9 @@ def test_any_stops_and_world_sizes_give_the_same_order(sizes, stages):
     sizes=bucket_sizes,
     stages=st.lists(st.tuples(splits, st.integers(0, 2), st.integers(1, 3)), min_size=2, max_size=3),
 )
+@pytest.mark.faults
 def test_any_stops_world_sizes_and_workers_consume_each_sample_once(sizes, stages):
+    """Fault 21."""
     cache = FakeCache(sizes)
     plan = [(world, local, workers, batches) for (world, local), workers, batches in stages]
     seen = run(cache, plan, 12)
@@ -267,7 +269,9 @@ def test_clear_errors():
     ("key", "change"),
     [("data.path", {}), ("training.seed", {"seed": 1}), ("training.global_batch_size", {"global_batch_size": 4})],
 )
+@pytest.mark.faults
 def test_a_state_of_other_data_is_refused(key, change):
+    """Fault 19."""
     common = {"global_batch_size": 2, "local_batch_size": 1, "seed": 0}
     first = BatchStream(FakeCache([5]), **common)
     for _ in range(6):

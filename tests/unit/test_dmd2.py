@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import re
 from types import SimpleNamespace
 
 import pytest
@@ -366,9 +365,10 @@ def test_one_frame_has_no_motion(cache, tmp_path):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("role", ["student", "teacher", "critic"])
+@pytest.mark.faults
 def test_values_that_are_not_finite_name_their_role(cache, tmp_path, role, value):
-    """And no other: what teacher and critic make of broken videos is not their fault. One broken frame is enough for no number
-    of the gradient to be used."""
+    """Fault 24. And no other: what teacher and critic make of broken videos is not their fault. One broken frame is enough for
+    no number of the gradient to be used."""
     cfg = toy_config(cache, tmp_path, AUTHORS, method__teacher_guidance_scale=3.0)
 
     def x0(name):
@@ -389,7 +389,7 @@ def test_values_that_are_not_finite_name_their_role(cache, tmp_path, role, value
     prompts, streams = method.prompt_embeds(batch), method.streams(batch, 7, "student")
     gradient, _ = method.score(method.generate(batch, prompts, streams, 7, "student"), prompts, streams, batch, 7)
     assert gradient.isnan().all()
-    assert re.match(rf"step 7: not finite: the videos of the {role}; nothing.*'0\.mp4'", method.not_finite(7))
+    assert method.not_finite() == f"the videos of the {role}"
 
 
 # -------------------------------------------------------------------------------------------------------------- config
