@@ -33,7 +33,7 @@ from fvtitan.components.files import write_atomic
 from fvtitan.components.progress import Progress
 from fvtitan.data.latent_cache import FORMAT_VERSION, fingerprint, read_jsonl, stack_text, text_key
 from fvtitan.data.listing import Record, list_prompts, list_records
-from fvtitan.data.video import VideoError, VideoLimits, read_video
+from fvtitan.data.video import VideoError, VideoLimits, isolated, read_video
 from fvtitan.distributed.utils import close_distributed, on_rank_zero
 from fvtitan.errors import UserError, cli
 
@@ -101,6 +101,7 @@ class PreprocessConfig:
                 raise UserError(f"--{name} {value}: must be a multiple of 16; nearest: {below} or {below + 16}")
         if self.fps < 1:
             raise UserError(f"--fps {self.fps}: must be >= 1")
+        self.limits.check()
         if not Path(self.data).is_dir():
             raise UserError(f"--data {self.data}: no such folder")
 
@@ -257,7 +258,7 @@ def _encode_videos(
         problem = record.problem
         if not problem:
             try:
-                frames = read_video(root / record.file, **size, fps=cfg.fps, limits=cfg.limits)
+                frames = isolated(read_video, root / record.file, **size, fps=cfg.fps, limits=cfg.limits)
                 key = f"latents.{position:05d}"
                 lines.append(_sample_line(name, record, key, _sha256(root / record.file)))
                 pending.append((key, frames))
@@ -399,10 +400,14 @@ def main() -> None:
     clips.add_argument("--height", type=int, help="pixels, a multiple of 16 (default 480)")
     clips.add_argument("--num-frames", type=int, help="frames of a clip, 4n + 1 (default 81)")
     clips.add_argument("--fps", type=int, help="frame rate that videos are resampled to (default 16)")
-    clips.add_argument("--max-bytes", type=int, help="largest file read")
-    clips.add_argument("--max-seconds", type=float, help="longest video read")
-    clips.add_argument("--max-pixels", type=int, help="largest frame read")
-    clips.add_argument("--max-frames", type=int, help="most frames decoded of a file")
+    default = VideoLimits()
+    clips.add_argument("--max-bytes", type=int, help=f"largest file read ({default.max_bytes})")
+    clips.add_argument("--max-seconds", type=float, help=f"longest video read ({default.max_seconds:g})")
+    clips.add_argument("--max-pixels", type=int, help=f"largest frame read ({default.max_pixels})")
+    clips.add_argument("--max-frames", type=int, help=f"most frames decoded of a file ({default.max_frames})")
+    clips.add_argument(
+        "--max-read-seconds", type=float, help=f"longest time that reading a file takes ({default.max_read_seconds:g})"
+    )
     args = vars(parser.parse_args())
     useless = [f"--{name.replace('_', '-')}" for name in VIDEO_OPTIONS if name in args and "prompts" in args]
     if useless:

@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import signal
+import threading
+import time
 from fractions import Fraction
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import av
 import numpy as np
 import pytest
 import torch
 
-from fvtitan.data.video import VideoError, VideoLimits, probe_video, read_all_frames, read_video, write_video
+from fvtitan.data.video import (
+    VideoError,
+    VideoLimits,
+    isolated,
+    probe_video,
+    read_all_frames,
+    read_video,
+    write_video,
+)
+from fvtitan.errors import UserError
 
 SIZE = {"height": 32, "width": 32}
 
@@ -195,25 +210,126 @@ def test_a_damaged_picture_is_not_taken_for_a_good_one(tmp_path):
     assert found >= 18  # a few bits can change a picture without breaking the syntax
 
 
-def test_playlists_are_no_videos(tmp_path):
+@pytest.fixture
+def server():
+    """(address, the paths that were asked for) of a web server on this machine."""
+    asked: list[str] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            self.send_error(404)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as web:
+        threading.Thread(target=web.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{web.server_port}", asked
+        web.shutdown()
+
+
+@pytest.mark.faults
+def test_a_file_that_refers_to_others_is_no_video(tmp_path, server):
+    """Fault 28. Playlists under a video's name, to another file and over the network: nothing is fetched."""
+    address, asked = server
     write_video(tmp_path / "a.mp4", ramp(9), fps=16)
-    (tmp_path / "concat.mp4").write_text("ffconcat version 1.0\nfile a.mp4\n")
-    (tmp_path / "hls.mp4").write_text("#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\na.mp4\n#EXT-X-ENDLIST\n")
-    for name in ("concat.mp4", "hls.mp4"):
-        with pytest.raises(VideoError, match="damaged or not a video"):
-            read_video(tmp_path / name, num_frames=9, fps=16, **SIZE)
+    hls = "#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\n{}\n#EXT-X-ENDLIST\n"
+    playlists = {
+        "concat": f"ffconcat version 1.0\nfile {tmp_path}/a.mp4\n",
+        "relative": "ffconcat version 1.0\nfile a.mp4\n",
+        "web": f"ffconcat version 1.0\nfile '{address}/a.mp4'\n",
+        "hls": hls.format("a.mp4"),
+        "hls-web": hls.format(f"{address}/a.ts"),
+        "dash": f'<?xml version="1.0"?><MPD xmlns="urn:mpeg:dash:schema:mpd:2011"><Period><AdaptationSet mimeType="video/mp4">'
+        f'<Representation id="1"><BaseURL>{address}/a.mp4</BaseURL></Representation></AdaptationSet></Period></MPD>',
+        "sdp": "v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nt=0 0\nm=video 9 RTP/AVP 96\na=rtpmap:96 H264/90000\n",
+    }
+    for name, text in playlists.items():
+        for suffix in (".mp4", ".m3u8", ".ffconcat"):
+            path = tmp_path / f"{name}{suffix}"
+            path.write_text(text)
+            with pytest.raises(VideoError, match="damaged or not a video"):
+                read_video(path, num_frames=9, fps=16, **SIZE)
+    assert asked == []
+    with pytest.raises(av.FFmpegError):  # what FFmpeg does when it may
+        av.open(str(tmp_path / "hls-web.m3u8"), options={"protocol_whitelist": "file,http,tcp"})
+    assert set(asked) == {"/a.ts"}
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize(
     ("limits", "reason"),
     [
-        (VideoLimits(max_bytes=100), "bytes, more than the limit of 100"),
-        (VideoLimits(max_seconds=0.5), r"lasts 1\.\d s, more than the limit of 0.5 s"),
-        (VideoLimits(max_pixels=1000), "1024 pixels, more than the limit of 1000"),
-        (VideoLimits(max_frames=5), "more frames than the limit of 5"),
+        (VideoLimits(max_bytes=100), r"bytes, more than the limit of 100 \(--max-bytes\)"),
+        (VideoLimits(max_seconds=0.5), r"lasts 1\.\d s, more than the limit of 0.5 \(--max-seconds\)"),
+        (VideoLimits(max_pixels=1000), r"1024 pixels, more than the limit of 1000 \(--max-pixels\)"),
+        (VideoLimits(max_frames=5), r"more than the limit of 5 \(--max-frames\)"),
     ],
 )
 def test_limits(tmp_path, limits, reason):
+    """Fault 28. What is too large says by how much, and which limit it is."""
     write_video(tmp_path / "a.mp4", ramp(20), fps=16)
     with pytest.raises(VideoError, match=reason):
         read_video(tmp_path / "a.mp4", num_frames=9, fps=16, limits=limits, **SIZE)
+    with pytest.raises(VideoError, match=reason):
+        isolated(read_video, tmp_path / "a.mp4", num_frames=9, fps=16, limits=limits, **SIZE)
+    with pytest.raises(UserError, match=r"--max-pixels 0: must be > 0"):
+        VideoLimits(max_pixels=0).check()
+
+
+@pytest.mark.faults
+def test_a_stream_that_grows_is_refused_before_its_frames_are_decoded(tmp_path):
+    """Fault 28. 12 small frames, then large ones: what the header says is no proof."""
+    parts = []
+    for size in (32, 256):
+        path = tmp_path / f"{size}.ts"
+        with av.open(str(path), "w", format="mpegts") as container:
+            stream = container.add_stream("libx264", rate=16)
+            stream.width = stream.height = size
+            stream.pix_fmt = "yuv420p"
+            for image in ramp(12, size, size).numpy():
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+            container.mux(stream.encode())
+        parts.append(path.read_bytes())
+    (tmp_path / "grows.mp4").write_bytes(b"".join(parts))
+    assert read_all_frames_sizes(tmp_path / "grows.mp4") == {32, 256}
+    with pytest.raises(VideoError, match=r"damaged after \d+ frames, or .* more than 2000 pixels \(--max-pixels\)"):
+        read_video(tmp_path / "grows.mp4", num_frames=21, fps=16, limits=VideoLimits(max_pixels=2000), **SIZE)
+
+
+def read_all_frames_sizes(path) -> set[int]:
+    with av.open(str(path)) as container:
+        return {frame.width for frame in container.decode(video=0)}
+
+
+def test_isolated_gives_the_same(tmp_path):
+    write_video(tmp_path / "a ü.mp4", ramp(20), fps=16)
+    path, limits = tmp_path / "a ü.mp4", VideoLimits()
+    request = {"num_frames": 9, "fps": 16, **SIZE}
+    assert torch.equal(isolated(read_video, path, limits=limits, **request), read_video(path, **request))
+    assert torch.equal(isolated(read_all_frames, path, limits=limits), read_all_frames(path))
+    assert isolated(probe_video, path, limits=limits) == probe_video(path)
+    assert multiprocessing.active_children() == []
+
+
+def hangs(path, limits: VideoLimits) -> None:
+    path.write_text(str(os.getpid()))
+    while True:
+        time.sleep(1)
+
+
+def crashes(path, limits: VideoLimits) -> None:
+    signal.signal(signal.SIGSEGV, signal.SIG_DFL)  # pytest would write where it happened
+    os.kill(os.getpid(), signal.SIGSEGV)
+
+
+@pytest.mark.faults
+def test_a_decoder_that_hangs_or_crashes_costs_the_file_only(tmp_path):
+    """Fault 28. Its process is killed; the error has the limit and its flag, or how it ended."""
+    with pytest.raises(VideoError, match=r"not read within the limit of 0.5 s \(--max-read-seconds\)"):
+        isolated(hangs, tmp_path / "pid", limits=VideoLimits(max_read_seconds=0.5))
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
+    with pytest.raises(VideoError, match=r"the decoder crashed \(status -11\)"):
+        isolated(crashes, tmp_path / "a.mp4", limits=VideoLimits())
