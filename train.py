@@ -86,6 +86,7 @@ def main() -> int:
             dp_world=data_world,
             num_workers=cfg.data.num_workers,
             pin_memory=device.type == "cuda",
+            timeout_seconds=cfg.comm.timeout_seconds / 2,  # before the other ranks give up
             allow_changed=cfg.checkpoint.allow_changed,
         )
         at_exit.callback(batches.close)

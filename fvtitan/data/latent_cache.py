@@ -143,6 +143,9 @@ class LatentCache(Dataset):
                 )
         return {"sample_id": sample["sample_id"], "caption": sample["caption"], **tensors}
 
+    def sample_id(self, index: int) -> str:
+        return self.samples[index]["sample_id"]
+
     def _read_manifest(self) -> dict[str, Any]:
         path = self.path / "manifest.json"
         try:
@@ -163,6 +166,9 @@ class LatentCache(Dataset):
         missing = {"fingerprint", "num_samples", "shards", "contract"} - set(manifest)
         if missing:
             raise UserError(f"{path}: {', '.join(sorted(missing))} missing: {REBUILD}")
+        contract = manifest["contract"]
+        if not (isinstance(manifest["shards"], dict) and isinstance(contract, dict) and "size" in contract):
+            raise UserError(f"{path} is damaged (shards or contract are not what is written there): {REBUILD}")
         return manifest
 
     def _check_shards(self) -> None:

@@ -188,6 +188,9 @@ class TrajectoryCache(Dataset):
     def __len__(self) -> int:
         return self.num_samples
 
+    def sample_id(self, index: int) -> str:
+        return f"{self.prompts.sample_id(index % len(self.prompts))}#{index // len(self.prompts)}"
+
     def __getitem__(self, index: int) -> dict[str, Any]:
         prompt = self.prompts[index % len(self.prompts)]
         name = f"shard-{index // self.folder.shard_samples:05d}.safetensors"
@@ -198,5 +201,4 @@ class TrajectoryCache(Dataset):
             raise UserError(f"{self.folder.path / name}: sample {index}: {error}") from None
         if not (states.isfinite().all() and x0.isfinite().all()):
             raise UserError(f"{self.folder.path / name}: sample {index} holds NaN or Inf")
-        sample_id = f"{prompt['sample_id']}#{index // len(self.prompts)}"
-        return {**prompt, "sample_id": sample_id, "states": states[self.rows], "latents": x0}
+        return {**prompt, "sample_id": self.sample_id(index), "states": states[self.rows], "latents": x0}

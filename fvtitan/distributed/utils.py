@@ -25,7 +25,8 @@ class CommConfig:
     """[comm]: collectives."""
 
     timeout_seconds: int = 1800
-    """A collective that waits longer ends the job. Must outlast compilation, a validation and a checkpoint."""
+    """A collective that waits longer ends the job, and so does a loader's worker that takes half of it for a batch. Must
+    outlast compilation, a validation and a checkpoint."""
     stop_grace_seconds: int = 25
     """SIGTERM, SIGINT or SIGUSR1: all ranks stop within a step, save, and exit with status 75. A process that is still there
     after this many seconds ends at once, without saving. torchrun kills after 30, or its --shutdown-timeout."""
