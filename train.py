@@ -138,6 +138,7 @@ def main() -> int:
             device=device,
             num_devices=world_size,
             peak_tflops=cfg.metrics.peak_tflops,
+            config=cfg.to_dict(),
         )
         at_exit.callback(metrics.close)
         metrics.add_text("config", f"```toml\n{cfg.to_toml()}```", train_state.step)
