@@ -213,7 +213,7 @@ def _is_whole(shard: Path) -> bool:
 
 
 def _write_shard(
-    name: str, records: list[Record], cfg: PreprocessConfig, encode_text, vae, report: Callable[[int], None]
+    name: str, records: list[Record], cfg: PreprocessConfig, text_encoder, vae, report: Callable[[int], None]
 ) -> None:
     """Encode one shard's records; its `.jsonl` comes last and says that the shard is whole. `report(n)`: n more done."""
     if cfg.prompts:
@@ -223,11 +223,13 @@ def _write_shard(
     captions = sorted({line["caption"] for line in lines if "caption" in line})
     for start in range(0, len(captions), ENCODE_BATCH):
         batch = captions[start : start + ENCODE_BATCH]
-        for caption, embeds in zip(batch, encode_text(batch), strict=True):
+        for caption, embeds in zip(batch, text_encoder.encode(batch), strict=True):
             tensors[text_key(caption)] = embeds.to(torch.bfloat16).cpu().contiguous()
     for line in lines:
         if "key" in line:
             line["shape"] = list(tensors[line["key"]].shape)
+            if text_encoder.cuts(line["caption"]):
+                line["caption_cut_at"] = text_encoder.text_len
     write_atomic(Path(cfg.output) / name, save(tensors))
     write_atomic(Path(cfg.output) / f"{name}.jsonl", _jsonl(lines))
     if cfg.prompts:
@@ -294,8 +296,8 @@ def _jsonl(lines: list[dict[str, Any]]) -> str:
     return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
 
 
-def _commit(cfg: PreprocessConfig, contract: dict[str, Any], num_shards: int, ignored: list[Record]) -> tuple[int, int]:
-    """Merge the shards' lists and write the manifest, which makes the cache one. Returns (samples, bad files)."""
+def _commit(cfg: PreprocessConfig, contract: dict[str, Any], num_shards: int, ignored: list[Record]) -> str:
+    """Merge the shards' lists and write the manifest, which makes the cache one. Returns what is in it, in words."""
     output = Path(cfg.output)
     names = [_shard_name(number) for number in range(num_shards)]
     lines = [line for name in names for line in read_jsonl(output / f"{name}.jsonl")]
@@ -313,6 +315,7 @@ def _commit(cfg: PreprocessConfig, contract: dict[str, Any], num_shards: int, ig
         raise UserError(
             f"{bad} of {total} {cfg.unit} cannot be used{limit}: see {output / 'skipped.jsonl'}; the first: {first}"
         )
+    cut = sum("caption_cut_at" in sample for sample in samples)
     shapes: dict[str, int] = {}
     for sample in samples:
         shape = "prompts" if cfg.prompts else "x".join(map(str, sample["shape"]))
@@ -324,6 +327,7 @@ def _commit(cfg: PreprocessConfig, contract: dict[str, Any], num_shards: int, ig
         "num_samples": len(samples),
         "num_skipped": bad,
         "num_ignored": len(unused),
+        "num_captions_cut": cut,
         "buckets": shapes,
         "model": cfg.model,
         "contract": contract,
@@ -331,7 +335,10 @@ def _commit(cfg: PreprocessConfig, contract: dict[str, Any], num_shards: int, ig
         "shards": {name: (output / name).stat().st_size for name in names},
     }
     write_atomic(output / "manifest.json", json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
-    return len(samples), bad
+    said = f"{len(samples)} samples"
+    said += f", {bad} {cfg.unit} skipped (see skipped.jsonl)" if bad else ""
+    text_len = contract["encoders"]["text_len"]
+    return said + (f", {cut} captions cut at {text_len} tokens (caption_cut_at in samples.jsonl)" if cut else "")
 
 
 def preprocess(cfg: PreprocessConfig) -> None:
@@ -368,15 +375,14 @@ def preprocess(cfg: PreprocessConfig) -> None:
         "preprocess", sum(map(len, parts.values())), cfg.unit + (" of this rank" if world > 1 else ""), quiet=rank != 0
     )
     for number, part in parts.items():
-        _write_shard(_shard_name(number), part, cfg, text_encoder.encode, vae, progress.add)
+        _write_shard(_shard_name(number), part, cfg, text_encoder, vae, progress.add)
     if need_prompts:
         write_atomic(output / "prompts.safetensors", save(stack_text(text_encoder.encode(["", cfg.negative_prompt]))))
     if world > 1:
         dist.barrier()
-    samples, skipped = on_rank_zero(lambda: _commit(cfg, contract, num_shards, ignored))
+    said = on_rank_zero(lambda: _commit(cfg, contract, num_shards, ignored))
     if rank == 0:
-        note = f", {skipped} {cfg.unit} skipped (see skipped.jsonl)" if skipped else ""
-        print(f"{output}: {samples} samples{note}", flush=True)
+        print(f"{output}: {said}", flush=True)
 
 
 def main() -> None:

@@ -120,6 +120,10 @@ class TextEncoder:
         states = self.encoder(tokens.input_ids, tokens.attention_mask).last_hidden_state
         return [row[:length] for row, length in zip(states, tokens.attention_mask.sum(1).tolist(), strict=True)]
 
+    def cuts(self, prompt: str) -> bool:
+        """Whether the prompt has more than text_len tokens: the rest is not encoded."""
+        return len(self.tokenizer(clean_prompt(prompt)).input_ids) > self.text_len
+
     def _check(self, pipeline: str) -> None:
         # Some transformers releases loaded UMT5 with an untied, zero embedding: every prompt then looks alike.
         if not torch.equal(self.encoder.shared.weight, self.encoder.encoder.embed_tokens.weight):

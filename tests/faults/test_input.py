@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import multiprocessing
 import os
 import shutil
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -14,11 +16,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from fvtitan import preprocess
 from fvtitan.components import faults
 from fvtitan.components.metrics import read_metrics
 from fvtitan.components.stops import read_status
+from fvtitan.data import moving_shapes
 from fvtitan.data.dataloader import BatchStream
-from fvtitan.data.latent_cache import LatentCache
+from fvtitan.data.latent_cache import LatentCache, read_jsonl
+from fvtitan.data.video import VideoLimits
 from fvtitan.errors import UserError
 from tests.helpers import make_cache, small_arguments, train
 
@@ -100,6 +105,42 @@ def test_a_damaged_shard_ends_the_run_before_its_first_step(cache, tmp_path, cap
     assert pytest.raises(UserError, LatentCache, copy).match(message)
     assert str(pytest.raises(UserError, LatentCache, copy).value) in one_line_error(capsys)
     assert not (tmp_path / "run/metrics.jsonl").exists()
+
+
+# ------------------------------------------------------------------------------------------------------- videos
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"), [("hangs", "(--max-read-seconds): hangs, or slow"), ("crashes", "(status -9)")]
+)
+def test_a_file_that_hangs_or_crashes_its_decoder_is_skipped_by_name(tmp_path, monkeypatch, name, reason):
+    """Fault 28. The others are read; more than --max-bad-fraction of such files is an error."""
+    videos, read = tmp_path / "videos", preprocess.read_video
+    moving_shapes.render_dataset(videos, 4, num_frames=5, height=32, width=32)
+    victim = sorted(videos.rglob("*.mp4"))[1]
+
+    def bad(path: Path, **options: Any) -> torch.Tensor:
+        while path == victim and name == "hangs":
+            time.sleep(1)
+        if path == victim:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return read(path, **options)
+
+    monkeypatch.setattr(preprocess, "read_video", bad)
+    size = {"width": 32, "height": 32, "num_frames": 5, "limits": VideoLimits(max_read_seconds=2)}
+    config = preprocess.PreprocessConfig(str(videos), "tiny-wan", str(tmp_path / "c"), max_bad_fraction=0.25, **size)
+    preprocess.preprocess(config)
+    assert len(LatentCache(tmp_path / "c")) == 3
+    skipped = {line["file"]: line["reason"] for line in read_jsonl(tmp_path / "c/skipped.jsonl")}
+    assert skipped[victim.relative_to(videos).as_posix()].endswith(reason)
+    assert multiprocessing.active_children() == []
+    if name == "hangs":
+        return
+    strict = dataclasses.replace(config, output=str(tmp_path / "strict"), max_bad_fraction=0.2)
+    with pytest.raises(
+        UserError, match="1 of 4 files cannot be used, more than --max-bad-fraction 0.2: .*the first: .*mp4: "
+    ):
+        preprocess.preprocess(strict)
 
 
 # ------------------------------------------------------------------------------------------------------- loader

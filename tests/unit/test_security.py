@@ -11,6 +11,7 @@ import struct
 import subprocess
 import sys
 import threading
+import types
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -493,7 +494,16 @@ def test_no_secret_in_what_a_run_writes_and_prints(tmp_path, monkeypatch, capfd)
     """The value of a token, in a description and in an error: not in any file, not on the console."""
     monkeypatch.setenv("SOME_TOKEN", "s3cret-s3cret")
     cache = make_cache(tmp_path / "cache", 4)
+    told: list[dict] = []
+    run = types.SimpleNamespace(define_metric=lambda *a, **k: None, log=lambda row: None, finish=lambda: None)
+    wandb = types.ModuleType("wandb")
+    wandb.util = types.SimpleNamespace(generate_id=lambda: "id")
+    wandb.init = lambda **options: told.append(options) or run
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    monkeypatch.setenv("WANDB_API_KEY", "s3cret-s3cret")
     keys = {"training__steps": 1, "metrics__enable_tensorboard": True, "job__description": "with s3cret-s3cret"}
+    keys["metrics__enable_wandb"] = True
     assert train(small_arguments(cache, tmp_path / "run", **keys)) == 0
     monkeypatch.setattr(
         LatentCache, "__getitem__", lambda self, index: (_ for _ in ()).throw(UserError("s3cret-s3cret!"))
@@ -501,6 +511,8 @@ def test_no_secret_in_what_a_run_writes_and_prints(tmp_path, monkeypatch, capfd)
     assert train(small_arguments(cache, tmp_path / "run", **{**keys, "training__steps": 2})) == 2
     assert json.loads((tmp_path / "run/status.json").read_text())["reason"] == "***!"
     assert 'description = "with ***"' in (tmp_path / "run/config.toml").read_text()
+    assert told[0]["config"]["job"]["description"] == "with ***" and told[0]["config"]["training"]["steps"] == 1
+    assert "s3cret" not in str(told)
     files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
     assert len(files) > 8 and not [path for path in files if b"s3cret" in path.read_bytes()]
     out, err = capfd.readouterr()

@@ -64,6 +64,7 @@ def test_write_and_read_back(tmp_path):
         write_video(tmp_path / "b.mp4", ramp(2, 31, 32), fps=16)
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize(
     ("source_fps", "expected"),
     [
@@ -74,6 +75,7 @@ def test_write_and_read_back(tmp_path):
     ],
 )
 def test_resampling_takes_the_frame_on_screen(tmp_path, source_fps, expected):
+    """Fault 28."""
     write_video(tmp_path / "a.mp4", ramp(30), fps=source_fps)
     assert levels(read_video(tmp_path / "a.mp4", num_frames=9, fps=16, **SIZE)) == expected
 
@@ -139,7 +141,9 @@ def test_rotation_metadata_is_honoured(tmp_path, matrix, side):
     assert read_all_frames(tmp_path / "a.mp4").shape == (5, *shape, 3)
 
 
+@pytest.mark.faults
 def test_resize_covers_and_crops_the_centre(tmp_path):
+    """Fault 28."""
     frames = ramp(5, 64, 128, step=0)
     frames[:, :, :32], frames[:, :, 96:] = 250, 250  # the sides, which a square crop leaves out
     write_video(tmp_path / "wide.mp4", frames, fps=16)
@@ -152,7 +156,9 @@ def test_resize_covers_and_crops_the_centre(tmp_path):
     assert read_video(tmp_path / "odd.mp4", num_frames=5, fps=16, **SIZE).shape == (5, 32, 32, 3)
 
 
+@pytest.mark.faults
 def test_too_short_says_both_counts(tmp_path):
+    """Fault 28."""
     write_video(tmp_path / "a.mp4", ramp(20), fps=30)
     with pytest.raises(VideoError, match="too short: 11 frames at 16 fps, 33 are needed"):
         read_video(tmp_path / "a.mp4", num_frames=33, fps=16, **SIZE)
@@ -160,7 +166,9 @@ def test_too_short_says_both_counts(tmp_path):
     assert len(read_video(tmp_path / "b.mp4", num_frames=9, fps=16, **SIZE)) == 9  # just long enough
 
 
+@pytest.mark.faults
 def test_unusable_files_have_a_reason(tmp_path):
+    """Fault 28."""
     (tmp_path / "empty.mp4").touch()
     (tmp_path / "text.mp4").write_text("this is not a video")
     write_video(
@@ -191,7 +199,9 @@ def test_unusable_files_have_a_reason(tmp_path):
             read_video(name, num_frames=9, fps=16, **SIZE)
 
 
+@pytest.mark.faults
 def test_a_damaged_picture_is_not_taken_for_a_good_one(tmp_path):
+    """Fault 28."""
     noise = torch.from_numpy(np.random.RandomState(0).randint(0, 255, (33, 64, 64, 3), np.uint8))
     write_video(tmp_path / "a.mp4", noise, 16)
     content, random = (tmp_path / "a.mp4").read_bytes(), np.random.RandomState(1)
