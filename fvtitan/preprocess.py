@@ -33,7 +33,7 @@ from fvtitan.components.files import write_atomic
 from fvtitan.components.progress import Progress
 from fvtitan.data.latent_cache import FORMAT_VERSION, fingerprint, read_jsonl, stack_text, text_key
 from fvtitan.data.listing import Record, list_prompts, list_records
-from fvtitan.data.video import VideoError, VideoLimits, isolated, read_video
+from fvtitan.data.video import Isolated, VideoError, VideoLimits, read_video
 from fvtitan.distributed.utils import close_distributed, on_rank_zero
 from fvtitan.errors import UserError, cli
 
@@ -219,7 +219,8 @@ def _write_shard(
     if cfg.prompts:
         lines, tensors = [_prompt_line(name, record) for record in records], {}
     else:
-        lines, tensors = _encode_videos(name, records, cfg, vae, report)
+        with Isolated(read_video, cfg.limits) as read:
+            lines, tensors = _encode_videos(name, records, cfg, vae, read, report)
     captions = sorted({line["caption"] for line in lines if "caption" in line})
     for start in range(0, len(captions), ENCODE_BATCH):
         batch = captions[start : start + ENCODE_BATCH]
@@ -237,7 +238,7 @@ def _write_shard(
 
 
 def _encode_videos(
-    name: str, records: list[Record], cfg: PreprocessConfig, vae, report: Callable[[int], None]
+    name: str, records: list[Record], cfg: PreprocessConfig, vae, read: Isolated, report: Callable[[int], None]
 ) -> tuple[list[dict[str, Any]], dict[str, torch.Tensor]]:
     """A line for each record of the shard `name`, and the latents of the usable ones."""
     root = Path(cfg.data)
@@ -260,7 +261,7 @@ def _encode_videos(
         problem = record.problem
         if not problem:
             try:
-                frames = isolated(read_video, root / record.file, **size, fps=cfg.fps, limits=cfg.limits)
+                frames = read(root / record.file, **size, fps=cfg.fps)
                 key = f"latents.{position:05d}"
                 lines.append(_sample_line(name, record, key, _sha256(root / record.file)))
                 pending.append((key, frames))

@@ -1,6 +1,6 @@
 """Real video files in and out, by PyAV: frames chosen by presentation time, sizes by resize and centre crop.
 
-Files from outside are read `isolated`: in a process that ends when the decoder hangs or crashes.
+Files from outside are read `Isolated`: in a process that ends when the decoder hangs or crashes.
 """
 
 from __future__ import annotations
@@ -257,51 +257,83 @@ def _decode(path: Path, limits: VideoLimits):
         raise VideoError("damaged: no frame could be decoded")
 
 
-def isolated(function: Callable[..., Any], path: str | Path, *, limits: VideoLimits, **options: Any) -> Any:
-    """`function(path, limits=limits, **options)`, one of the functions above, in a process of its own that lives at most
-    `limits.max_read_seconds`. Raises `VideoError` when the function does, when it takes longer, and when it crashes."""
-    context = multiprocessing.get_context("fork")  # in milliseconds; nothing but the file is decoded there
-    ours, theirs = context.Pipe(duplex=False)
-    call = context.Process(target=_answer, args=(theirs, function, path, {**options, "limits": limits}), daemon=True)
-    call.start()
-    theirs.close()
-    try:
-        if not ours.poll(limits.max_read_seconds):
-            raise VideoError(
-                f"not read within the limit of {limits.max_read_seconds:g} s ({_flag('max_read_seconds')}): hangs, or slow"
-            )
-        answer = json.loads(ours.recv_bytes())
+class Isolated:
+    """`function(path, limits=limits, **options)`, one of the functions above, in a process of its own, which reads one file
+    after another and is killed when one takes longer than `limits.max_read_seconds`; the next file gets a new one.
+
+    A call raises `VideoError` when the function does, when it takes longer, and when it crashes. Use as a context manager.
+    """
+
+    def __init__(self, function: Callable[..., Any], limits: VideoLimits) -> None:
+        self.function, self.limits = function, limits
+        self._process = self._pipe = None
+
+    def __enter__(self) -> Isolated:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end()
+
+    def __call__(self, path: str | Path, **options: Any) -> Any:
+        if self._process is None or not self._process.is_alive():
+            self._end()
+            self._start()
+        try:
+            self._pipe.send_bytes(json.dumps([os.fspath(path), options]).encode())
+            if not self._pipe.poll(self.limits.max_read_seconds):
+                self._end()
+                limit = f"{self.limits.max_read_seconds:g} s ({_flag('max_read_seconds')})"
+                raise VideoError(f"not read within the limit of {limit}: hangs, or slow")
+            answer = json.loads(self._pipe.recv_bytes())
+            if "shape" in answer:
+                frames = torch.empty(answer["shape"], dtype=torch.uint8)
+                self._pipe.recv_bytes_into(frames.numpy().reshape(-1))
+                return frames
+        except (EOFError, OSError):
+            self._process.join(1)
+            status = self._process.exitcode
+            self._end()
+            raise VideoError(f"damaged: the decoder crashed (status {status})") from None
         if "error" in answer:
             raise VideoError(answer["error"])
-        if "info" in answer:
-            return VideoInfo(**answer["info"])
-        frames = torch.empty(answer["shape"], dtype=torch.uint8)
-        ours.recv_bytes_into(frames.numpy().reshape(-1))
-        return frames
-    except EOFError:
-        call.join()
-        raise VideoError(f"damaged: the decoder crashed (status {call.exitcode})") from None
-    finally:
-        call.kill()
-        call.join()
-        ours.close()
+        return VideoInfo(**answer["info"])
 
+    def _start(self) -> None:
+        context = multiprocessing.get_context("fork")  # in milliseconds; nothing but the files is decoded there
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=self._serve, args=(theirs, self._pipe), daemon=True)
+        self._process.start()
+        theirs.close()
 
-def _answer(connection: Connection, function: Callable[..., Any], path: str | Path, options: dict[str, Any]) -> None:
-    """In the process of its own: JSON, then the frames' bytes. Nothing that a decoder has touched is unpickled."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the parent ends this process
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    try:
-        result = function(path, **options)
-    except VideoError as error:
-        connection.send_bytes(json.dumps({"error": str(error)}).encode())
-        return
-    if isinstance(result, VideoInfo):
-        connection.send_bytes(json.dumps({"info": dataclasses.asdict(result)}).encode())
-        return
-    connection.send_bytes(json.dumps({"shape": list(result.shape)}).encode())
-    connection.send_bytes(result.contiguous().numpy().reshape(-1))
+    def _end(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.join()
+            self._pipe.close()
+            self._process = self._pipe = None
+
+    def _serve(self, pipe: Connection, other_end: Connection) -> None:
+        """In the process of its own. Answers are JSON and the frames' bytes: what a decoder has touched is not unpickled."""
+        other_end.close()
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the parent ends this process
+        if sys.platform == "linux":
+            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        while True:
+            try:
+                path, options = json.loads(pipe.recv_bytes())
+            except EOFError:
+                return
+            answer: dict[str, Any] = {}
+            try:
+                result = self.function(Path(path), limits=self.limits, **options)
+                answer = (
+                    {"info": dataclasses.asdict(result)} if isinstance(result, VideoInfo) else {"shape": result.shape}
+                )
+            except VideoError as error:
+                answer = {"error": str(error)}
+            pipe.send_bytes(json.dumps(answer).encode())
+            if "shape" in answer:
+                pipe.send_bytes(result.contiguous().numpy().reshape(-1))
 
 
 def _to_rgb(frame) -> np.ndarray:

@@ -26,6 +26,7 @@ from fvtitan.data.latent_cache import LatentCache, read_jsonl
 from fvtitan.data.video import VideoLimits
 from fvtitan.errors import UserError
 from tests.helpers import make_cache, small_arguments, train
+from tests.integration.exact_worker import launch, output
 
 SHARD = "shard-00000.safetensors"
 
@@ -211,6 +212,22 @@ def test_a_run_whose_worker_dies_says_so_in_its_status(cache, tmp_path, arm):
     status = read_status(tmp_path / "run")
     assert (status["state"], status["exit_code"]) == ("failed", 1)
     assert status["reason"].endswith("while it read sample '3.mp4'")
+
+
+def with_faults(folder: Path, *, text: str) -> None:
+    os.environ.update({"FVTITAN_TEST": "1", "FVTITAN_FAULTS": text})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["kill", "hang", "raise"])
+def test_a_loader_that_fails_on_one_rank_ends_all(cache, tmp_path, kind):
+    """Fault 32. The rank says which sample it was before the other one gives up."""
+    keys = {"training__steps": 50, "data__num_workers": 1, "comm__timeout_seconds": 20}
+    watcher = {"watcher": with_faults, "text": f"{kind} loader step=3 rank=1"}
+    exits = launch(2, arguments_of(cache, tmp_path, **keys), tmp_path / "log", **watcher)
+    assert all(status not in (0, None) for status in exits), (exits, output(tmp_path / "log"))
+    assert "sample '3.mp4'" in output(tmp_path / "log")
+    assert read_status(tmp_path)["state"] == "failed"
 
 
 # ----------------------------------------------------------------------------------------------------- data sets

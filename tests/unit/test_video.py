@@ -16,9 +16,9 @@ import pytest
 import torch
 
 from fvtitan.data.video import (
+    Isolated,
     VideoError,
     VideoLimits,
-    isolated,
     probe_video,
     read_all_frames,
     read_video,
@@ -283,7 +283,8 @@ def test_limits(tmp_path, limits, reason):
     with pytest.raises(VideoError, match=reason):
         read_video(tmp_path / "a.mp4", num_frames=9, fps=16, limits=limits, **SIZE)
     with pytest.raises(VideoError, match=reason):
-        isolated(read_video, tmp_path / "a.mp4", num_frames=9, fps=16, limits=limits, **SIZE)
+        with Isolated(read_video, limits) as read:
+            read(tmp_path / "a.mp4", num_frames=9, fps=16, **SIZE)
     with pytest.raises(UserError, match=r"--max-pixels 0: must be > 0"):
         VideoLimits(max_pixels=0).check()
 
@@ -314,32 +315,48 @@ def read_all_frames_sizes(path) -> set[int]:
 
 
 def test_isolated_gives_the_same(tmp_path):
-    write_video(tmp_path / "a ü.mp4", ramp(20), fps=16)
-    path, limits = tmp_path / "a ü.mp4", VideoLimits()
-    request = {"num_frames": 9, "fps": 16, **SIZE}
-    assert torch.equal(isolated(read_video, path, limits=limits, **request), read_video(path, **request))
-    assert torch.equal(isolated(read_all_frames, path, limits=limits), read_all_frames(path))
-    assert isolated(probe_video, path, limits=limits) == probe_video(path)
+    path, request = tmp_path / "a ü \udcff.mp4", {"num_frames": 9, "fps": 16, **SIZE}
+    write_video(tmp_path / "a.mp4", ramp(20), fps=16)
+    (tmp_path / "a.mp4").rename(path)
+    with Isolated(read_video, VideoLimits()) as read:
+        (tmp_path / "empty.mp4").touch()
+        for _ in range(2):
+            assert torch.equal(read(path, **request), read_video(path, **request))
+            (process,) = multiprocessing.active_children()
+            with pytest.raises(VideoError, match=r"the file is empty \(0 bytes\)"):
+                read(tmp_path / "empty.mp4", **request)
+            assert multiprocessing.active_children() == [process]  # a bad file costs nothing
+    with Isolated(read_all_frames, VideoLimits()) as read, Isolated(probe_video, VideoLimits()) as probe:
+        assert torch.equal(read(path), read_all_frames(path)) and probe(path) == probe_video(path)
     assert multiprocessing.active_children() == []
 
 
-def hangs(path, limits: VideoLimits) -> None:
+def misbehaves(path, limits: VideoLimits) -> torch.Tensor:
+    """As the file's name says."""
     path.write_text(str(os.getpid()))
-    while True:
+    while path.name == "hangs":
         time.sleep(1)
-
-
-def crashes(path, limits: VideoLimits) -> None:
-    signal.signal(signal.SIGSEGV, signal.SIG_DFL)  # pytest would write where it happened
-    os.kill(os.getpid(), signal.SIGSEGV)
+    if path.name == "crashes":
+        signal.signal(signal.SIGSEGV, signal.SIG_DFL)  # pytest would write where it happened
+        os.kill(os.getpid(), signal.SIGSEGV)
+    return torch.tensor([7], dtype=torch.uint8)
 
 
 @pytest.mark.faults
 def test_a_decoder_that_hangs_or_crashes_costs_the_file_only(tmp_path):
-    """Fault 28. Its process is killed; the error has the limit and its flag, or how it ended."""
-    with pytest.raises(VideoError, match=r"not read within the limit of 0.5 s \(--max-read-seconds\)"):
-        isolated(hangs, tmp_path / "pid", limits=VideoLimits(max_read_seconds=0.5))
-    with pytest.raises(ProcessLookupError):
-        os.kill(int((tmp_path / "pid").read_text()), 0)
-    with pytest.raises(VideoError, match=r"the decoder crashed \(status -11\)"):
-        isolated(crashes, tmp_path / "a.mp4", limits=VideoLimits())
+    """Fault 28. Its process is killed; the error has the limit and its flag, or how it ended; the next file is read."""
+    with Isolated(misbehaves, VideoLimits(max_read_seconds=1)) as read:
+        for name, message in (
+            ("hangs", r"not read within the limit of 1 s \(--max-read-seconds\)"),
+            ("crashes", r"the decoder crashed \(status -11\)"),
+        ):
+            with pytest.raises(VideoError, match=message):
+                read(tmp_path / name)
+            with pytest.raises(ProcessLookupError):
+                os.kill(int((tmp_path / name).read_text()), 0)
+            assert read(tmp_path / "good").tolist() == [7]
+        (process,) = multiprocessing.active_children()
+        process.kill()  # while it has nothing to do
+        process.join()
+        assert read(tmp_path / "good").tolist() == [7]
+    assert multiprocessing.active_children() == []
