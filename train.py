@@ -91,6 +91,7 @@ def main() -> int:
             dp_world=data_world,
             num_workers=cfg.data.num_workers,
             pin_memory=device.type == "cuda",
+            timeout_seconds=cfg.comm.timeout_seconds / 2,  # before the other ranks give up
             allow_changed=cfg.checkpoint.allow_changed,
         )
         at_exit.callback(batches.close)
@@ -143,6 +144,7 @@ def main() -> int:
             device=device,
             num_devices=world_size,
             peak_tflops=cfg.metrics.peak_tflops,
+            config=cfg.to_dict(),
         )
         at_exit.callback(metrics.close)
         metrics.add_text("config", f"```toml\n{cfg.to_toml()}```", train_state.step)

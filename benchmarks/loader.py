@@ -28,6 +28,9 @@ class Videos:
     def __len__(self) -> int:
         return len(self.samples)
 
+    def sample_id(self, index: int) -> str:
+        return self.samples[index]["sample_id"]
+
     def __getitem__(self, index: int) -> dict[str, Any]:
         sample = self.samples[index]
         return {"sample_id": sample["sample_id"], "video": read_video(self.folder / sample["sample_id"], **SIZE)}

@@ -24,7 +24,7 @@ from fvtitan.components.lr_scheduler import LRSchedulerConfig
 from fvtitan.components.optimizer import OptimizerConfig
 from fvtitan.distributed.sequence_parallel import check_heads, divisors
 from fvtitan.distributed.utils import CommConfig, world_size_from_environment
-from fvtitan.errors import UserError, cli, did_you_mean
+from fvtitan.errors import UserError, cli, did_you_mean, redacted
 from fvtitan.flow_matching import ScheduleConfig
 from fvtitan.methods import METHODS
 from fvtitan.methods.base import MethodConfig
@@ -615,9 +615,13 @@ class JobConfig:
         total, ranks = self.training.global_batch_size, world_size // self.parallelism.context_parallel_degree
         return self.training.local_batch_size * ranks if total == -1 else total
 
+    def to_dict(self) -> dict[str, Any]:
+        """The resolved configuration as TOML has it, without secrets of the environment."""
+        return _plain(dataclasses.asdict(self))
+
     def to_toml(self) -> str:
         """The resolved configuration; reading it back gives the same one."""
-        return tomli_w.dumps(_without_none(dataclasses.asdict(self)))
+        return tomli_w.dumps(self.to_dict())
 
 
 def _overlay(base: Any, overrides: Any) -> Any:
@@ -625,10 +629,12 @@ def _overlay(base: Any, overrides: Any) -> Any:
     return dataclasses.replace(base, **{key: value for key, value in changes.items() if value is not None})
 
 
-def _without_none(tree: Any) -> Any:
+def _plain(tree: Any) -> Any:
     if isinstance(tree, dict):
-        return {key: _without_none(value) for key, value in tree.items() if value is not None}
-    return tree
+        return {key: _plain(value) for key, value in tree.items() if value is not None}
+    if isinstance(tree, list | tuple):
+        return [_plain(value) for value in tree]
+    return redacted(tree) if isinstance(tree, str) else tree
 
 
 def _describe(annotation: Any) -> str:

@@ -1,12 +1,18 @@
-"""Errors meant for the person at the keyboard: one clear line, non-zero exit."""
+"""Errors meant for the person at the keyboard: one clear line, non-zero exit, no secrets."""
 
 from __future__ import annotations
 
 import difflib
 import errno
+import json
+import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterable
+from types import TracebackType
+
+_SECRET = re.compile("KEY|TOKEN|SECRET|PASSWORD")  # in an environment variable's name
 
 EXIT_DISK_FULL = 74  # sysexits.h: EX_IOERR
 
@@ -34,16 +40,33 @@ def did_you_mean(word: str, options: Iterable[str]) -> str:
     return f" Did you mean {near[0]!r}?" if near else f" Allowed: {', '.join(options)}."
 
 
+def redacted(text: str) -> str:
+    """`text` with `***` for the value of every environment variable whose name says key, token, secret or password. Values
+    shorter than 8 characters, and paths that exist, are none."""
+    for name, value in os.environ.items():
+        if not _SECRET.search(name.upper()) or len(value) < 8:
+            continue
+        for form in (value, repr(value)[1:-1], json.dumps(value)[1:-1]):
+            if form in text and not os.path.exists(value):
+                text = text.replace(form, "***")
+    return text
+
+
+def _print_exception(kind: type[BaseException], error: BaseException, at: TracebackType | None) -> None:
+    print(redacted("".join(traceback.format_exception(kind, error, at))), end="", file=sys.stderr)
+
+
 def cli(main: Callable[[], int | None]) -> None:
     """Run a program's `main`: an error that has an exit status (`UserError`: 2) becomes one line on stderr; a full disk ends
-    with 74; other exceptions propagate."""
+    with 74; other exceptions propagate. None is printed with a secret in it."""
+    sys.excepthook = _print_exception
     try:
         status = main()
     except Exception as error:
         if hasattr(error, "exit_status"):
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {redacted(str(error))}", file=sys.stderr)
         elif is_disk_full(error):
-            traceback.print_exc()
+            _print_exception(type(error), error, error.__traceback__)
         else:
             raise
         status = exit_status(error)

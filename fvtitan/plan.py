@@ -176,6 +176,9 @@ class _Samples:
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         return self.sample
 
+    def sample_id(self, index: int) -> str:
+        return "planned"
+
     def batch(self, cfg: JobConfig) -> dict[str, Any]:
         """A micro-batch, as the loader would give it to any method."""
         size, latents = cfg.training.local_batch_size, self.sample["latents"]

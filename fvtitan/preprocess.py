@@ -33,7 +33,7 @@ from fvtitan.components.files import write_atomic
 from fvtitan.components.progress import Progress
 from fvtitan.data.latent_cache import FORMAT_VERSION, fingerprint, read_jsonl, stack_text, text_key
 from fvtitan.data.listing import Record, list_prompts, list_records
-from fvtitan.data.video import VideoError, VideoLimits, read_video
+from fvtitan.data.video import Isolated, VideoError, VideoLimits, read_video
 from fvtitan.distributed.utils import close_distributed, on_rank_zero
 from fvtitan.errors import UserError, cli
 
@@ -101,6 +101,7 @@ class PreprocessConfig:
                 raise UserError(f"--{name} {value}: must be a multiple of 16; nearest: {below} or {below + 16}")
         if self.fps < 1:
             raise UserError(f"--fps {self.fps}: must be >= 1")
+        self.limits.check()
         if not Path(self.data).is_dir():
             raise UserError(f"--data {self.data}: no such folder")
 
@@ -212,21 +213,24 @@ def _is_whole(shard: Path) -> bool:
 
 
 def _write_shard(
-    name: str, records: list[Record], cfg: PreprocessConfig, encode_text, vae, report: Callable[[int], None]
+    name: str, records: list[Record], cfg: PreprocessConfig, text_encoder, vae, report: Callable[[int], None]
 ) -> None:
     """Encode one shard's records; its `.jsonl` comes last and says that the shard is whole. `report(n)`: n more done."""
     if cfg.prompts:
         lines, tensors = [_prompt_line(name, record) for record in records], {}
     else:
-        lines, tensors = _encode_videos(name, records, cfg, vae, report)
+        with Isolated(read_video, cfg.limits) as read:
+            lines, tensors = _encode_videos(name, records, cfg, vae, read, report)
     captions = sorted({line["caption"] for line in lines if "caption" in line})
     for start in range(0, len(captions), ENCODE_BATCH):
         batch = captions[start : start + ENCODE_BATCH]
-        for caption, embeds in zip(batch, encode_text(batch), strict=True):
+        for caption, embeds in zip(batch, text_encoder.encode(batch), strict=True):
             tensors[text_key(caption)] = embeds.to(torch.bfloat16).cpu().contiguous()
     for line in lines:
         if "key" in line:
             line["shape"] = list(tensors[line["key"]].shape)
+            if text_encoder.cuts(line["caption"]):
+                line["caption_cut_at"] = text_encoder.text_len
     write_atomic(Path(cfg.output) / name, save(tensors))
     write_atomic(Path(cfg.output) / f"{name}.jsonl", _jsonl(lines))
     if cfg.prompts:
@@ -234,7 +238,7 @@ def _write_shard(
 
 
 def _encode_videos(
-    name: str, records: list[Record], cfg: PreprocessConfig, vae, report: Callable[[int], None]
+    name: str, records: list[Record], cfg: PreprocessConfig, vae, read: Isolated, report: Callable[[int], None]
 ) -> tuple[list[dict[str, Any]], dict[str, torch.Tensor]]:
     """A line for each record of the shard `name`, and the latents of the usable ones."""
     root = Path(cfg.data)
@@ -257,7 +261,7 @@ def _encode_videos(
         problem = record.problem
         if not problem:
             try:
-                frames = read_video(root / record.file, **size, fps=cfg.fps, limits=cfg.limits)
+                frames = read(root / record.file, **size, fps=cfg.fps)
                 key = f"latents.{position:05d}"
                 lines.append(_sample_line(name, record, key, _sha256(root / record.file)))
                 pending.append((key, frames))
@@ -293,8 +297,8 @@ def _jsonl(lines: list[dict[str, Any]]) -> str:
     return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
 
 
-def _commit(cfg: PreprocessConfig, contract: dict[str, Any], num_shards: int, ignored: list[Record]) -> tuple[int, int]:
-    """Merge the shards' lists and write the manifest, which makes the cache one. Returns (samples, bad files)."""
+def _commit(cfg: PreprocessConfig, contract: dict[str, Any], num_shards: int, ignored: list[Record]) -> str:
+    """Merge the shards' lists and write the manifest, which makes the cache one. Returns what is in it, in words."""
     output = Path(cfg.output)
     names = [_shard_name(number) for number in range(num_shards)]
     lines = [line for name in names for line in read_jsonl(output / f"{name}.jsonl")]
@@ -312,6 +316,7 @@ def _commit(cfg: PreprocessConfig, contract: dict[str, Any], num_shards: int, ig
         raise UserError(
             f"{bad} of {total} {cfg.unit} cannot be used{limit}: see {output / 'skipped.jsonl'}; the first: {first}"
         )
+    cut = sum("caption_cut_at" in sample for sample in samples)
     shapes: dict[str, int] = {}
     for sample in samples:
         shape = "prompts" if cfg.prompts else "x".join(map(str, sample["shape"]))
@@ -323,6 +328,7 @@ def _commit(cfg: PreprocessConfig, contract: dict[str, Any], num_shards: int, ig
         "num_samples": len(samples),
         "num_skipped": bad,
         "num_ignored": len(unused),
+        "num_captions_cut": cut,
         "buckets": shapes,
         "model": cfg.model,
         "contract": contract,
@@ -330,7 +336,10 @@ def _commit(cfg: PreprocessConfig, contract: dict[str, Any], num_shards: int, ig
         "shards": {name: (output / name).stat().st_size for name in names},
     }
     write_atomic(output / "manifest.json", json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
-    return len(samples), bad
+    said = f"{len(samples)} samples"
+    said += f", {bad} {cfg.unit} skipped (see skipped.jsonl)" if bad else ""
+    text_len = contract["encoders"]["text_len"]
+    return said + (f", {cut} captions cut at {text_len} tokens (caption_cut_at in samples.jsonl)" if cut else "")
 
 
 def preprocess(cfg: PreprocessConfig) -> None:
@@ -367,15 +376,14 @@ def preprocess(cfg: PreprocessConfig) -> None:
         "preprocess", sum(map(len, parts.values())), cfg.unit + (" of this rank" if world > 1 else ""), quiet=rank != 0
     )
     for number, part in parts.items():
-        _write_shard(_shard_name(number), part, cfg, text_encoder.encode, vae, progress.add)
+        _write_shard(_shard_name(number), part, cfg, text_encoder, vae, progress.add)
     if need_prompts:
         write_atomic(output / "prompts.safetensors", save(stack_text(text_encoder.encode(["", cfg.negative_prompt]))))
     if world > 1:
         dist.barrier()
-    samples, skipped = on_rank_zero(lambda: _commit(cfg, contract, num_shards, ignored))
+    said = on_rank_zero(lambda: _commit(cfg, contract, num_shards, ignored))
     if rank == 0:
-        note = f", {skipped} {cfg.unit} skipped (see skipped.jsonl)" if skipped else ""
-        print(f"{output}: {samples} samples{note}", flush=True)
+        print(f"{output}: {said}", flush=True)
 
 
 def main() -> None:
@@ -399,10 +407,14 @@ def main() -> None:
     clips.add_argument("--height", type=int, help="pixels, a multiple of 16 (default 480)")
     clips.add_argument("--num-frames", type=int, help="frames of a clip, 4n + 1 (default 81)")
     clips.add_argument("--fps", type=int, help="frame rate that videos are resampled to (default 16)")
-    clips.add_argument("--max-bytes", type=int, help="largest file read")
-    clips.add_argument("--max-seconds", type=float, help="longest video read")
-    clips.add_argument("--max-pixels", type=int, help="largest frame read")
-    clips.add_argument("--max-frames", type=int, help="most frames decoded of a file")
+    default = VideoLimits()
+    clips.add_argument("--max-bytes", type=int, help=f"largest file read ({default.max_bytes})")
+    clips.add_argument("--max-seconds", type=float, help=f"longest video read ({default.max_seconds:g})")
+    clips.add_argument("--max-pixels", type=int, help=f"largest frame read ({default.max_pixels})")
+    clips.add_argument("--max-frames", type=int, help=f"most frames decoded of a file ({default.max_frames})")
+    clips.add_argument(
+        "--max-read-seconds", type=float, help=f"longest time that reading a file takes ({default.max_read_seconds:g})"
+    )
     args = vars(parser.parse_args())
     useless = [f"--{name.replace('_', '-')}" for name in VIDEO_OPTIONS if name in args and "prompts" in args]
     if useless:

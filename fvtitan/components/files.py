@@ -1,9 +1,13 @@
-"""Files that are either whole or absent, also after a crash or a power cut."""
+"""Files that are either whole or absent, also after a crash or a power cut; and reading what others may have made."""
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
 
 
 def fsync_path(path: str | Path) -> None:
@@ -28,3 +32,25 @@ def write_atomic(path: str | Path, content: str | bytes) -> None:
     finally:
         temporary.unlink(missing_ok=True)
     fsync_path(path.parent)
+
+
+def open_safetensors(path: str | Path) -> Any:
+    """`safetensors.safe_open` for PyTorch, which checks that the header has a sane size and that the tensors fill the file
+    without holes and overlaps. Of a name that is there twice it would take the last. Raises `SafetensorError` or `OSError`."""
+    stored = safe_open(path, framework="pt")
+    with open(path, "rb") as file:
+        json.loads(file.read(int.from_bytes(file.read(8), "little")), object_pairs_hook=_unique)
+    return stored
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    names = [name for name, _ in pairs]
+    if len(set(names)) < len(names):
+        raise SafetensorError(f"{max(names, key=names.count)!r} is in its header twice")
+    return dict(pairs)
+
+
+def inside(folder: str | Path, name: str) -> bool:
+    """Whether `name` is that of a file directly in `folder`, also after following links."""
+    folder = os.path.realpath(folder)
+    return Path(name).name == name and os.path.dirname(os.path.realpath(os.path.join(folder, name))) == folder

@@ -12,7 +12,6 @@ import datetime
 import fcntl
 import json
 import os
-import re
 import select
 import signal
 import socket
@@ -20,7 +19,6 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -32,7 +30,7 @@ import torch.distributed as dist
 
 from fvtitan.components.files import write_atomic
 from fvtitan.distributed.utils import log, on_rank_zero
-from fvtitan.errors import UserError, exit_status
+from fvtitan.errors import UserError, exit_status, redacted
 
 EXIT_STOPPED = 75  # sysexits.h: EX_TEMPFAIL, try again later; the statuses of errors are those of errors.exit_status
 
@@ -119,7 +117,7 @@ class Stops:
         lines = []
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            self._lock = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
             try:
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -242,7 +240,7 @@ class Stops:
         self._state = state
         if self._rank != 0 and not any_rank:
             return
-        status = {"state": state, "step": self.step, "reason": _one_line(self.reason, os.environ)}
+        status = {"state": state, "step": self.step, "reason": _one_line(self.reason)}
         status["exit_code"] = None if state == "running" else self.exit_code
         status |= {"started": self._started, "updated": _now()}
         self._written = time.monotonic()
@@ -266,12 +264,8 @@ def read_status(folder: str | Path) -> dict[str, Any]:
         return {}
 
 
-def _one_line(reason: str, environment: Mapping[str, str]) -> str:
-    """The first line, without the values of what the environment calls a key, token, secret or password."""
-    for name, value in environment.items():
-        if re.search("KEY|TOKEN|SECRET|PASSWORD", name.upper()) and len(value) >= 8:
-            reason = reason.replace(value, "***")
-    return (reason.strip().splitlines() or [""])[0][:500]
+def _one_line(reason: str) -> str:
+    return (redacted(reason).strip().splitlines() or [""])[0][:500]
 
 
 def _now() -> str:

@@ -9,9 +9,13 @@ takes floor((e+1) n_b / G) - floor(e n_b / G): nothing is dropped, nothing is re
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import os
+import signal
+import time
+import traceback
 import warnings
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 from typing import Any, Protocol
@@ -37,6 +41,8 @@ class BucketedDataset(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> dict[str, Any]: ...
+
+    def sample_id(self, index: int) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -164,18 +170,40 @@ class _RankBatches:
                 ]
 
 
+@dataclass(frozen=True)
+class _Failure:
+    """Travels instead of a sample: torch would put a worker's stack trace where the error's one line is."""
+
+    kind: type[Exception]
+    message: str
+
+
 class _Drawn(torch.utils.data.Dataset):
-    """Reads a draw: the sample, and with it where it stands in the global batch."""
+    """Reads a draw: the sample, and with it where it stands in the global batch. `reading` is shared with the workers: the
+    sample that each is reading, or -1."""
 
-    def __init__(self, dataset: BucketedDataset) -> None:
+    def __init__(self, dataset: BucketedDataset, num_workers: int) -> None:
         self.dataset = dataset
+        self.reading = multiprocessing.RawArray("q", [-1] * max(1, num_workers))
 
-    def __getitem__(self, draw: _Draw) -> tuple[_Draw, dict[str, Any]]:
-        faults.reach("loader", draw.index)
-        return draw, self.dataset[draw.index]
+    def __getitem__(self, draw: _Draw) -> tuple[_Draw, dict[str, Any] | _Failure]:
+        worker = torch.utils.data.get_worker_info()
+        slot = worker.id if worker else 0
+        self.reading[slot] = draw.index
+        try:
+            faults.reach("loader", draw.index)
+            sample = self.dataset[draw.index]
+        except UserError as error:
+            sample = _Failure(UserError, str(error))
+        except Exception as error:
+            name = self.dataset.sample_id(draw.index)
+            cause = f"{type(error).__name__}: {error}"
+            sample = _Failure(RuntimeError, f"sample {name!r} cannot be read: {cause}\n{traceback.format_exc()}")
+        self.reading[slot] = -1
+        return draw, sample
 
 
-def collate(drawn: Sequence[tuple[_Draw, dict[str, Any]]]) -> dict[str, Any]:
+def collate(drawn: Sequence[tuple[_Draw, dict[str, Any] | _Failure]]) -> dict[str, Any] | _Failure:
     """A micro-batch of b samples: tensors are stacked, texts and prompt embeddings (ragged) become lists.
 
     Keys: `latents` [b, T, C, H, W] (absent in prompt-only sets), `prompt_embeds` list of [L_i, D], `captions`,
@@ -184,6 +212,9 @@ def collate(drawn: Sequence[tuple[_Draw, dict[str, Any]]]) -> dict[str, Any]:
     """
     draws = [draw for draw, _ in drawn]
     samples = [sample for _, sample in drawn]
+    for sample in samples:
+        if isinstance(sample, _Failure):
+            return sample
     batch: dict[str, Any] = {
         "positions": torch.tensor([draw.position for draw in draws]),
         "epoch": draws[0].epoch,
@@ -210,7 +241,9 @@ class BatchStream:
     `allow_changed` names the config keys (`data.path`, `training.seed`, `training.global_batch_size`) that may differ
     from those of the state that is loaded.
 
-    Raises `UserError` for an empty dataset or a global batch that ranks and local batch do not divide.
+    Raises `UserError` for an empty dataset or a global batch that ranks and local batch do not divide. A sample that cannot be
+    read, a worker that dies, and one that takes longer than `timeout_seconds` for a batch are errors that name the
+    sample, when its batch is due.
     """
 
     def __init__(
@@ -224,6 +257,7 @@ class BatchStream:
         dp_world: int = 1,
         num_workers: int = 0,
         pin_memory: bool = False,
+        timeout_seconds: float = 900,
         allow_changed: Collection[str] = (),
     ) -> None:
         if local_batch_size < 1 or global_batch_size % (local_batch_size * dp_world):
@@ -236,6 +270,7 @@ class BatchStream:
         self.accumulation = global_batch_size // (local_batch_size * dp_world)
         self.local_batch_size, self.dp_rank, self.dp_world = local_batch_size, dp_rank, dp_world
         self.num_workers, self.pin_memory = num_workers, pin_memory
+        self.timeout_seconds = timeout_seconds
         self.allow_changed = frozenset(allow_changed)
         self._first_batch = 0  # global batch that the running iterator began with
         self._taken = 0  # micro-batches taken from it
@@ -247,27 +282,61 @@ class BatchStream:
     def __next__(self) -> dict[str, Any]:
         if self._iterator is None:  # lazily: a state loaded first must not start workers twice
             self._iterator = self._start()
-        batch = next(self._iterator)
+        batch = self._wait()
+        if isinstance(batch, _Failure):
+            raise batch.kind(batch.message)
         self._taken += 1
         return batch
 
+    def _wait(self) -> dict[str, Any] | _Failure:
+        end = time.monotonic() + self.timeout_seconds
+        while True:
+            try:
+                return next(self._iterator)
+            except RuntimeError as error:
+                workers = getattr(self._iterator, "_workers", [])
+                dead = {number: w.exitcode for number, w in enumerate(workers) if not w.is_alive()}
+                if dead:
+                    raise RuntimeError(
+                        f"a worker of the loader died (exit status {next(iter(dead.values()))}) while it read "
+                        f"{self._being_read(dead)}"
+                    ) from None
+                if not str(error).startswith("DataLoader timed out"):
+                    raise
+            if time.monotonic() > end:
+                raise RuntimeError(
+                    f"a worker of the loader took more than {self.timeout_seconds:g} s (half of comm.timeout_seconds) to read "
+                    f"{self._being_read(range(self.num_workers))}"
+                )
+
+    def _being_read(self, workers: Iterable[int]) -> str:
+        indices = [index for number in workers if (index := self._drawn.reading[number]) >= 0]
+        return ", ".join(f"sample {self.dataset.sample_id(index)!r}" for index in indices) or "no sample"
+
     def _start(self) -> Iterator[dict[str, Any]]:
+        self._drawn = _Drawn(self.dataset, self.num_workers)
+        before = signal.getsignal(signal.SIGCHLD)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="'set_vital' is deprecated")  # torchdata 0.11 on torch 2.13
             loader = StatefulDataLoader(
-                _Drawn(self.dataset),
+                self._drawn,
                 batch_sampler=_RankBatches(
                     self.sampler, self._first_batch, self.local_batch_size, self.dp_rank, self.dp_world
                 ),
                 collate_fn=collate,
                 num_workers=self.num_workers,
                 pin_memory=self.pin_memory,
+                timeout=1 if self.num_workers else 0,  # how often `_wait` looks after them
                 worker_init_fn=_own_process_group,
                 # The base seed of its workers is drawn from here, so that a restart leaves torch's generator alone.
                 generator=torch.Generator().manual_seed(fold(self.sampler.seed, "workers")),
                 snapshot_every_n_steps=None,  # its own snapshots are not used: they do not survive another worker count
             )
-        return iter(loader)
+            iterator = iter(loader)
+        # torch's handler raises wherever training is when a worker dies. We are told when the batch is due, and by name.
+        if signal.getsignal(signal.SIGCHLD) is not before:
+            signal.signal(signal.SIGCHLD, before)
+        return iterator
 
     @property
     def samples_consumed(self) -> int:

@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from fvtitan.components.files import inside, open_safetensors
 from fvtitan.errors import UserError
 
 FORMAT_VERSION = 1
@@ -57,7 +57,8 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 class ShardFiles:
     """The safetensors files of a folder, opened once by every process that reads: handles do not travel to workers.
 
-    Raises `UserError` for a name that leaves the folder; safetensors' and the system's errors come as they are.
+    Raises `UserError` for a name that leaves the folder, by itself or as a link; safetensors' and the system's errors come as
+    they are.
     """
 
     def __init__(self, folder: Path):
@@ -69,9 +70,9 @@ class ShardFiles:
         if self._pid != os.getpid():  # in a forked worker
             self._handles, self._pid = {}, os.getpid()
         if name not in self._handles:
-            if Path(name).name != name:
+            if not inside(self.folder, name):
                 raise UserError(f"{self.folder}: the shard name {name!r} leaves the folder")
-            self._handles[name] = safe_open(self.folder / name, framework="pt")
+            self._handles[name] = open_safetensors(self.folder / name)
         return self._handles[name]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -110,12 +111,16 @@ class LatentCache(Dataset):
             raise UserError(f"{self.path / 'samples.jsonl'} is not the list the manifest was written for: {REBUILD}")
         self.has_latents: bool = self.manifest["contract"]["size"] is not None and not prompts_only
         self._files = ShardFiles(self.path)
-        self._check_shards()
+        path = self.path / "prompts.safetensors"
         try:
-            prompts = load_file(self.path / "prompts.safetensors")
-            self.empty_prompt_embeds, self.negative_prompt_embeds = prompts["empty"], prompts["negative"]
-        except (OSError, SafetensorError, KeyError) as error:
-            raise UserError(f"{self.path / 'prompts.safetensors'} is damaged ({error}): {REBUILD}") from None
+            prompts = self._files.open(path.name)
+            for name in ("empty", "negative"):
+                self._check_text(path, name, prompts.get_slice(name))
+            self.empty_prompt_embeds, self.negative_prompt_embeds = map(prompts.get_tensor, ("empty", "negative"))
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{path} is damaged ({error}): {REBUILD}") from None
+        self._text_width = self.empty_prompt_embeds.shape[1]
+        self._check_shards()
         shapes: dict[tuple[int, ...], list[int]] = {}
         for index, sample in enumerate(self.samples):
             shapes.setdefault(tuple(sample["shape"]) if self.has_latents else (), []).append(index)
@@ -143,6 +148,9 @@ class LatentCache(Dataset):
                 )
         return {"sample_id": sample["sample_id"], "caption": sample["caption"], **tensors}
 
+    def sample_id(self, index: int) -> str:
+        return self.samples[index]["sample_id"]
+
     def _read_manifest(self) -> dict[str, Any]:
         path = self.path / "manifest.json"
         try:
@@ -163,7 +171,16 @@ class LatentCache(Dataset):
         missing = {"fingerprint", "num_samples", "shards", "contract"} - set(manifest)
         if missing:
             raise UserError(f"{path}: {', '.join(sorted(missing))} missing: {REBUILD}")
+        contract = manifest["contract"]
+        if not (isinstance(manifest["shards"], dict) and isinstance(contract, dict) and "size" in contract):
+            raise UserError(f"{path} is damaged (shards or contract are not what is written there): {REBUILD}")
         return manifest
+
+    def _check_text(self, path: Path, name: str, stored: Any, width: int | None = None) -> None:
+        """From a header: an embedding is bf16 [L, D], with the D of all the others."""
+        shape, dtype = stored.get_shape(), stored.get_dtype()
+        if dtype != "BF16" or len(shape) != 2 or (width is not None and shape[1] != width):
+            raise UserError(f"{path}: {name} is {dtype} {shape}, need BF16 [L, {width or 'D'}]: {REBUILD}")
 
     def _check_shards(self) -> None:
         """Sizes and headers of all shards against the manifest and the samples."""
@@ -191,6 +208,8 @@ class LatentCache(Dataset):
                             f"{path}: sample {sample['sample_id']!r} is {dtype} {shape}, samples.jsonl says BF16 "
                             f"{sample['shape']}: {REBUILD}"
                         )
+                    text = shard.get_slice(text_key(sample["caption"]))
+                    self._check_text(path, f"the text of sample {sample['sample_id']!r}", text, self._text_width)
             except (SafetensorError, OSError) as error:
                 raise UserError(f"{path} is damaged ({error}): {REBUILD}") from None
 

@@ -39,6 +39,8 @@ def list_records(root: Path, exclude: Path | None = None) -> tuple[list[Record],
     asked to be used, such as videos that metadata.jsonl leaves out. Hidden files and the folder `exclude` do not count."""
     files, ignored = _walk(root, exclude)
     listed = "metadata.jsonl" in files
+    if listed and _leaves(root, "metadata.jsonl"):
+        raise UserError(f"--data {root}: metadata.jsonl is a link that leaves the data folder")
     candidates = _from_metadata(root / "metadata.jsonl") if listed else _from_pairs(root, files)
     records: list[Record] = []
     usable: dict[str, str] = {}  # real path -> the name it was listed under

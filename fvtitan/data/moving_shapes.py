@@ -364,7 +364,7 @@ def judge_folder(folder: str | Path) -> list[tuple[str, Judgement]]:
 
     Raises `UserError` naming a line or a video that cannot be read.
     """
-    from fvtitan.data.video import VideoError, read_all_frames
+    from fvtitan.data.video import Isolated, VideoError, VideoLimits, read_all_frames
 
     folder = Path(folder)
     if (folder / "metadata.jsonl").is_file():
@@ -382,11 +382,14 @@ def judge_folder(folder: str | Path) -> list[tuple[str, Judgement]]:
     if not pairs:
         raise UserError(f"{folder}: no metadata.jsonl and no clip.txt beside a clip.mp4")
     judged = []
-    for name, caption in pairs:
-        try:
-            judged.append((name, judge_video(read_all_frames(folder / name), caption)))
-        except VideoError as error:
-            raise UserError(f"{folder / name}: {error}") from None
+    with Isolated(read_all_frames, VideoLimits()) as read:
+        for name, caption in pairs:
+            if not (folder / name).resolve().is_relative_to(folder.resolve()):
+                raise UserError(f"{folder}: the video {name!r} leaves the folder")
+            try:
+                judged.append((name, judge_video(read(folder / name), caption)))
+            except VideoError as error:
+                raise UserError(f"{folder / name}: {error}") from None
     return judged
 
 

@@ -24,12 +24,13 @@ from safetensors.torch import save
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from fvtitan.components.files import write_atomic
+from fvtitan.components.files import inside, write_atomic
 from fvtitan.data.latent_cache import LatentCache, ShardFiles
 from fvtitan.errors import UserError
 
 FORMAT_VERSION = 1
 SHARD_BYTES, SHARD_SAMPLES = 2**30, 64
+DTYPES = {"BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}  # safetensors' names
 
 
 class TrajectoryFolder:
@@ -154,10 +155,13 @@ def num_complete(path: Path, num_samples: int) -> int:
         return 0
     if manifest.get("format_version") != FORMAT_VERSION:
         raise UserError(f"{path}: format {manifest.get('format_version')!r}, this version reads {FORMAT_VERSION}")
-    for name, size in manifest["shards"].items():
+    shards, stored = manifest.get("shards"), manifest.get("num_samples")
+    if not isinstance(shards, dict) or type(stored) is not int or not all(inside(path, name) for name in shards):
+        raise UserError(f"{path / 'manifest.json'} is damaged, or its shards leave the folder: remove the folder")
+    for name, size in shards.items():
         if not (path / name).is_file() or (path / name).stat().st_size != size:
             return 0
-    return min(num_samples, manifest["num_samples"])
+    return min(num_samples, stored)
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
@@ -173,7 +177,8 @@ class TrajectoryCache(Dataset):
     """Map-style dataset over a complete trajectory cache, with the texts of `prompts`.
 
     `cache[j]` is `{"sample_id", "caption", "prompt_embeds": bf16 [L, D], "states" [K, T, C, H, W], "latents" [T, C, H, W]}`;
-    `latents` is x0, `states` those at `rows` of the stored ones.
+    `latents` is x0, `states` those at `rows` of the stored ones. Raises `UserError` when a shard does not hold what the
+    contract says, by its header.
     """
 
     def __init__(self, folder: TrajectoryFolder, num_samples: int, prompts: LatentCache, rows: list[int]):
@@ -184,9 +189,32 @@ class TrajectoryCache(Dataset):
         self.negative_prompt_embeds = prompts.negative_prompt_embeds
         self.has_latents = True
         self._files = ShardFiles(folder.path)
+        self._check_shards()
+
+    def _check_shards(self) -> None:
+        shape = self.folder.contract["shape"]
+        expected = {"states": [len(self.folder.contract["timesteps"]), *shape], "x0": shape}
+        for name, indices in self.folder.shards(self.num_samples).items():
+            path = self.folder.path / name
+            try:
+                shard = self._files.open(name)
+                for index in indices:
+                    for key, wanted in expected.items():
+                        stored = shard.get_slice(f"{index:06d}.{key}")
+                        found, dtype = stored.get_shape(), DTYPES.get(stored.get_dtype())
+                        if found != wanted or dtype != self.folder.dtype:
+                            raise UserError(
+                                f"{path}: {key} of sample {index} is {stored.get_dtype()} {found}, the contract says "
+                                f"{self.folder.contract['dtype']} {wanted}: remove the folder to make the cache again"
+                            )
+            except (SafetensorError, OSError) as error:
+                raise UserError(f"{path} is damaged ({error}): remove the folder to make the cache again") from None
 
     def __len__(self) -> int:
         return self.num_samples
+
+    def sample_id(self, index: int) -> str:
+        return f"{self.prompts.sample_id(index % len(self.prompts))}#{index // len(self.prompts)}"
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         prompt = self.prompts[index % len(self.prompts)]
@@ -198,5 +226,4 @@ class TrajectoryCache(Dataset):
             raise UserError(f"{self.folder.path / name}: sample {index}: {error}") from None
         if not (states.isfinite().all() and x0.isfinite().all()):
             raise UserError(f"{self.folder.path / name}: sample {index} holds NaN or Inf")
-        sample_id = f"{prompt['sample_id']}#{index // len(self.prompts)}"
-        return {**prompt, "sample_id": sample_id, "states": states[self.rows], "latents": x0}
+        return {**prompt, "sample_id": self.sample_id(index), "states": states[self.rows], "latents": x0}

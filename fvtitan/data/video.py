@@ -1,20 +1,35 @@
-"""Real video files in and out, by PyAV: frames chosen by presentation time, sizes by resize and centre crop."""
+"""Real video files in and out, by PyAV: frames chosen by presentation time, sizes by resize and centre crop.
+
+Files from outside are read `Isolated`: in a process that ends when the decoder hangs or crashes.
+"""
 
 from __future__ import annotations
 
+import ctypes
+import dataclasses
+import json
+import multiprocessing
 import os
+import signal
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fvtitan.errors import UserError
+
 # Containers that are read; playlists and the like could point to other files.
 FORMATS = "mov,mp4,matroska,webm,avi,mpegts,mpeg,flv,ogg,asf,gif"
 # Seconds. Matroska rounds time stamps to milliseconds, that of the first frame too.
 TIME_TOLERANCE = 1.1e-3
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 class VideoError(Exception):
@@ -23,12 +38,28 @@ class VideoError(Exception):
 
 @dataclass(frozen=True)
 class VideoLimits:
-    """What is refused before it is decoded: guards against damaged headers and decompression bombs."""
+    """What is refused, most of it before it is decoded: guards against damaged headers, decompression bombs and decoders that
+    hang. Of a file: its bytes, the seconds it plays, the pixels of a frame, the frames that are decoded, and the seconds that
+    reading it may take."""
 
     max_bytes: int = 4 * 2**30
     max_seconds: float = 3600.0
     max_pixels: int = 8192 * 8192
     max_frames: int = 2**18
+    max_read_seconds: float = 300.0
+
+    def check(self) -> None:
+        for name, value in dataclasses.asdict(self).items():
+            if not value > 0:
+                raise UserError(f"{_flag(name)} {value}: must be > 0")
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _over(limit: str, limits: VideoLimits, what: str) -> VideoError:
+    return VideoError(f"{what}, more than the limit of {getattr(limits, limit):g} ({_flag(limit)})")
 
 
 @dataclass(frozen=True)
@@ -113,7 +144,7 @@ def _open(path: Path, limits: VideoLimits):
     if size == 0:
         raise VideoError("the file is empty (0 bytes)")
     if size > limits.max_bytes:
-        raise VideoError(f"the file has {size} bytes, more than the limit of {limits.max_bytes}")
+        raise _over("max_bytes", limits, f"the file has {size} bytes")
     try:
         container = av.open(str(path.resolve()), options={"protocol_whitelist": "file", "format_whitelist": FORMATS})
     except (av.FFmpegError, OSError) as error:
@@ -124,15 +155,17 @@ def _open(path: Path, limits: VideoLimits):
     stream = container.streams.video[0]
     pixels = stream.codec_context.width * stream.codec_context.height
     seconds = float(container.duration / av.time_base) if container.duration else 0.0
-    problem = ""
+    problem = None
     if pixels > limits.max_pixels:
-        problem = f"frames have {pixels} pixels, more than the limit of {limits.max_pixels}"
+        problem = _over("max_pixels", limits, f"frames have {pixels} pixels")
     elif seconds > limits.max_seconds:
-        problem = f"the video lasts {seconds:.1f} s, more than the limit of {limits.max_seconds:g} s"
-    if problem:
+        problem = _over("max_seconds", limits, f"the video lasts {seconds:.1f} s")
+    if problem is not None:
         container.close()
-        raise VideoError(problem)
+        raise problem
     stream.thread_type = "AUTO"
+    # A stream may change its size on the way: FFmpeg itself refuses a larger frame before it allocates it.
+    stream.codec_context.options = {"max_pixels": str(limits.max_pixels)}
     return container, stream
 
 
@@ -204,21 +237,103 @@ def _decode(path: Path, limits: VideoLimits):
         try:
             for frame in container.decode(stream):
                 if frame.width * frame.height > limits.max_pixels:
-                    raise VideoError(f"a frame has {frame.width * frame.height} pixels, over {limits.max_pixels}")
+                    raise _over("max_pixels", limits, f"a frame has {frame.width * frame.height} pixels")
                 if frame.time is None:
                     raise VideoError("a frame has no presentation time")
                 if frame.time > limits.max_seconds + 1:
-                    raise VideoError(f"the video lasts more than the limit of {limits.max_seconds:g} s")
+                    raise _over("max_seconds", limits, f"the video lasts {frame.time:.1f} s")
                 if frame.is_corrupt:  # decoders conceal damage, and say so here only
                     raise VideoError(f"damaged: frame {count} cannot be decoded in full")
                 count += 1
                 if count > limits.max_frames:
-                    raise VideoError(f"more frames than the limit of {limits.max_frames}")
+                    raise _over("max_frames", limits, f"{count} frames were decoded and it is not at its end")
                 yield frame.time, frame
         except (av.FFmpegError, OSError) as error:
-            raise VideoError(f"damaged after {count} frames: {error}") from None
+            raise VideoError(
+                f"damaged after {count} frames, or their size changed to more than {limits.max_pixels} pixels "
+                f"({_flag('max_pixels')}): {error}"
+            ) from None
     if not count:
         raise VideoError("damaged: no frame could be decoded")
+
+
+class Isolated:
+    """`function(path, limits=limits, **options)`, one of the functions above, in a process of its own, which reads one file
+    after another and is killed when one takes longer than `limits.max_read_seconds`; the next file gets a new one.
+
+    A call raises `VideoError` when the function does, when it takes longer, and when it crashes. Use as a context manager.
+    """
+
+    def __init__(self, function: Callable[..., Any], limits: VideoLimits) -> None:
+        self.function, self.limits = function, limits
+        self._process = self._pipe = None
+
+    def __enter__(self) -> Isolated:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end()
+
+    def __call__(self, path: str | Path, **options: Any) -> Any:
+        if self._process is None or not self._process.is_alive():
+            self._end()
+            self._start()
+        try:
+            self._pipe.send_bytes(json.dumps([os.fspath(path), options]).encode())
+            if not self._pipe.poll(self.limits.max_read_seconds):
+                self._end()
+                limit = f"{self.limits.max_read_seconds:g} s ({_flag('max_read_seconds')})"
+                raise VideoError(f"not read within the limit of {limit}: hangs, or slow")
+            answer = json.loads(self._pipe.recv_bytes())
+            if "shape" in answer:
+                frames = torch.empty(answer["shape"], dtype=torch.uint8)
+                self._pipe.recv_bytes_into(frames.numpy().reshape(-1))
+                return frames
+        except (EOFError, OSError):
+            self._process.join(1)
+            status = self._process.exitcode
+            self._end()
+            raise VideoError(f"damaged: the decoder crashed (status {status})") from None
+        if "error" in answer:
+            raise VideoError(answer["error"])
+        return VideoInfo(**answer["info"])
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("fork")  # in milliseconds; nothing but the files is decoded there
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=self._serve, args=(theirs, self._pipe), daemon=True)
+        self._process.start()
+        theirs.close()
+
+    def _end(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.join()
+            self._pipe.close()
+            self._process = self._pipe = None
+
+    def _serve(self, pipe: Connection, other_end: Connection) -> None:
+        """In the process of its own. Answers are JSON and the frames' bytes: what a decoder has touched is not unpickled."""
+        other_end.close()
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the parent ends this process
+        if sys.platform == "linux":
+            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        while True:
+            try:
+                path, options = json.loads(pipe.recv_bytes())
+            except EOFError:
+                return
+            answer: dict[str, Any] = {}
+            try:
+                result = self.function(Path(path), limits=self.limits, **options)
+                answer = (
+                    {"info": dataclasses.asdict(result)} if isinstance(result, VideoInfo) else {"shape": result.shape}
+                )
+            except VideoError as error:
+                answer = {"error": str(error)}
+            pipe.send_bytes(json.dumps(answer).encode())
+            if "shape" in answer:
+                pipe.send_bytes(result.contiguous().numpy().reshape(-1))
 
 
 def _to_rgb(frame) -> np.ndarray:

@@ -19,6 +19,7 @@ from torch.utils.checkpoint import (
 
 from fvtitan.distributed.mesh import Mesh
 from fvtitan.distributed.sequence_parallel import SequenceShard, check_heads
+from fvtitan.distributed.utils import use_private_compile_cache
 
 if TYPE_CHECKING:
     from fvtitan.config import JobConfig
@@ -88,6 +89,7 @@ def apply_compile(transformer: nn.Module, backend: str | Callable[..., Any]) -> 
     Graphs have static shapes. `fullgraph`: what cannot be compiled, or one graph more than the limit, is an error and not
     silently run without.
     """
+    use_private_compile_cache()
     torch._dynamo.config.recompile_limit = DYNAMO_RECOMPILE_LIMIT
     for block in transformer.blocks:
         block.compile(fullgraph=True, dynamic=False, backend=backend)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
+import stat
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -18,7 +20,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from fvtitan.components import faults
-from fvtitan.errors import UserError
+from fvtitan.errors import UserError, redacted
 
 
 @dataclass
@@ -27,7 +29,8 @@ class CommConfig:
 
     timeout_seconds: int = 1800
     """A collective that waits longer, or a rank that gets no further in a micro-batch for longer, ends the job: all write their
-    stacks, `status.json` says who did not arrive. Must outlast compilation, a validation and a checkpoint."""
+    stacks, `status.json` says who did not arrive. A loader's worker may take half of it for a batch. Must outlast compilation, a
+    validation and a checkpoint."""
     stop_grace_seconds: int = 25
     """SIGTERM, SIGINT or SIGUSR1: all ranks stop within a step, save, and exit with status 75. A process that is still there
     after this many seconds ends at once, without saving. torchrun kills after 30, or its --shutdown-timeout."""
@@ -78,6 +81,28 @@ def close_distributed() -> None:
     # gloo's threads outlive it, and need the GIL to let go of the last collective's tensors. A thread that asks for it when
     # the interpreter is already shutting down aborts the process ("terminate called without an active exception").
     time.sleep(0.1)
+
+
+def use_private_compile_cache() -> None:
+    """Let torch.compile keep its code where only this user can write: what lies there is run, and the folder it takes by itself
+    has a name that anyone on the machine can foresee and take first. TORCHINDUCTOR_CACHE_DIR is the user's own choice.
+
+    Raises `UserError` when the folder is not only this user's.
+    """
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir  # torch sets it to that when it is imported
+
+    if os.environ.get("TORCHINDUCTOR_CACHE_DIR", default_cache_dir()) != default_cache_dir():
+        return
+    folder = Path(tempfile.gettempdir()) / f"fvtitan-compiled-{os.getuid()}"
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
+        raise UserError(
+            f"{folder}: compiled code would be read from here, and others could write it (it must be a folder of yours, "
+            "writable by you alone): remove it, or set TORCHINDUCTOR_CACHE_DIR to a folder of your own"
+        )
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
 
 
 def world_size_from_environment() -> int:
@@ -181,4 +206,4 @@ def on_rank_zero(action: Callable[[], Any]) -> Any:
 def log(message: str) -> None:
     """Print one line, on rank 0."""
     if dist.get_rank() == 0:
-        print(message, flush=True)
+        print(redacted(message), flush=True)

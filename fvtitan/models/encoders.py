@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import html
+import json
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from fvtitan.components.files import open_safetensors
 from fvtitan.errors import UserError
 from fvtitan.models.pipeline import pipeline_folder, pipeline_text_len
 
@@ -49,6 +51,7 @@ def _component(name: str, *components: str) -> Path:
 def _load(what: str, model_class: Any, folder: Path, **options: Any) -> Any:
     """A model from safetensors only, with every weight there: the libraries would invent missing or misshapen ones."""
     options |= {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    _check_files(what, folder)
     try:
         model, report = model_class.from_pretrained(folder, **options)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
@@ -58,6 +61,24 @@ def _load(what: str, model_class: Any, folder: Path, **options: Any) -> Any:
         if names:
             raise UserError(f"the {what} in {folder} {problem} {len(names)} weights, the first: {min(names)}")
     return model
+
+
+def _check_files(what: str, folder: Path) -> None:
+    """The headers of the weights' files, and that an index names files of the folder only."""
+    where = f"cannot load the {what} from {folder}"
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            open_safetensors(path)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{where}: {path.name} is damaged: {error}") from None
+    for path in sorted(folder.glob("*.safetensors.index.json")):
+        try:
+            names = set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
+        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+            raise UserError(f"{where}: {path.name} is damaged: {error!r}") from None
+        for name in names:
+            if Path(name).name != name:
+                raise UserError(f"{where}: {path.name} names {name!r}, which is not in that folder")
 
 
 class TextEncoder:
@@ -75,7 +96,8 @@ class TextEncoder:
         # bf16 on a GPU (11 GB for UMT5-XXL), never fp16: it overflows.
         dtype = dtype or (torch.bfloat16 if self.device.type == "cuda" else torch.float32)
         try:
-            self.tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+            # Without the False it asks on the terminal, and a folder's own code runs after a "y".
+            self.tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", trust_remote_code=False)
         except (OSError, ValueError) as error:
             raise UserError(
                 f"cannot load the tokenizer from {folder / 'tokenizer'}: {str(error).splitlines()[0]}"
@@ -97,6 +119,10 @@ class TextEncoder:
         ).to(self.device)
         states = self.encoder(tokens.input_ids, tokens.attention_mask).last_hidden_state
         return [row[:length] for row, length in zip(states, tokens.attention_mask.sum(1).tolist(), strict=True)]
+
+    def cuts(self, prompt: str) -> bool:
+        """Whether the prompt has more than text_len tokens: the rest is not encoded."""
+        return len(self.tokenizer(clean_prompt(prompt)).input_ids) > self.text_len
 
     def _check(self, pipeline: str) -> None:
         # Some transformers releases loaded UMT5 with an untied, zero embedding: every prompt then looks alike.

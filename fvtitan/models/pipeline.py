@@ -15,8 +15,9 @@ DEFAULT_TEXT_LEN = 512
 def pipeline_folder(name: str, *components: str) -> Path:
     """The local folder of `name`, with the given component folders in it when it comes from the hub.
 
-    `name` is "tiny-wan", a folder, or a hub id such as "Wan-AI/Wan2.1-T2V-1.3B-Diffusers" (HF_HUB_OFFLINE, HF_HOME and
-    HF_ENDPOINT are honoured; only safetensors and JSON are fetched). Raises `UserError` when there is no such thing.
+    `name` is "tiny-wan", a folder, or a hub id such as "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", which "@<commit, tag or branch>"
+    pins (HF_HUB_OFFLINE, HF_HOME and HF_ENDPOINT are honoured; weights in safetensors, JSON and vocabularies are fetched, never
+    code). Raises `UserError` when there is no such thing.
     """
     if name == TINY_WAN:
         from fvtitan.assets import tiny_wan_path
@@ -24,15 +25,18 @@ def pipeline_folder(name: str, *components: str) -> Path:
         return tiny_wan_path()
     if Path(name).is_dir():
         return Path(name)
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        raise UserError(f"{name!r} is neither {TINY_WAN!r}, nor a folder, nor a hub id (owner/name)")
+    hub = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", name)
+    if not hub:
+        raise UserError(
+            f"{name!r} is neither {TINY_WAN!r}, nor a folder, nor a hub id (owner/name or owner/name@revision)"
+        )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     suffixes = ("*.json", "*.safetensors", "*.model", "*.txt")
     patterns = ["*.json"] + [f"{component}/{suffix}" for component in components for suffix in suffixes]
     try:
-        return Path(snapshot_download(name, allow_patterns=patterns))
+        return Path(snapshot_download(hub[1], revision=hub[2], allow_patterns=patterns))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"{name!r} is no folder here, and the hub did not give it: {reason}") from None

@@ -165,7 +165,9 @@ def kill(process: subprocess.Popen) -> None:
     process.wait()
 
 
+@pytest.mark.faults
 def test_a_killed_run_goes_on_where_it_stopped(either, tmp_path):
+    """Fault 43."""
     source, cache = either
     output = tmp_path / "cache"
     process = start(source, output)
@@ -183,7 +185,9 @@ def test_a_killed_run_goes_on_where_it_stopped(either, tmp_path):
     assert content(output) == content(cache)  # nothing else lies there either
 
 
+@pytest.mark.faults
 def test_a_shard_that_is_no_longer_whole_is_made_again(either, tmp_path):
+    """Fault 43."""
     source, cache = either
     output = shutil.copytree(cache, tmp_path / "cache")
     (output / "manifest.json").unlink()
@@ -195,7 +199,9 @@ def test_a_shard_that_is_no_longer_whole_is_made_again(either, tmp_path):
     assert content(output) == content(cache) and (output / "shard-00000.safetensors").stat().st_mtime_ns == kept
 
 
+@pytest.mark.faults
 def test_killed_before_and_between_the_first_files(videos, cache, tmp_path):
+    """Fault 43."""
     for name in ("contract", "overwrite"):
         output = tmp_path / name
         config = pp.PreprocessConfig(str(videos), "tiny-wan", str(output), **SIZE)
@@ -211,9 +217,11 @@ def test_killed_before_and_between_the_first_files(videos, cache, tmp_path):
         assert content(output) == content(cache)
 
 
+@pytest.mark.faults
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_killed_at_any_moment(either, tmp_path, ranks):
+    """Fault 43."""
     source, cache = either
     output = tmp_path / "cache"
     delays = random.Random(ranks)
@@ -232,7 +240,9 @@ def test_killed_at_any_moment(either, tmp_path, ranks):
     assert content(output) == content(cache)
 
 
+@pytest.mark.faults
 def test_a_source_of_the_same_size_is_noticed(tmp_path):
+    """Fault 33."""
     data, output = tmp_path / "data", tmp_path / "cache"
     ms.render_dataset(data, 3, num_frames=5, height=32, width=32)
     config = pp.PreprocessConfig(str(data), "tiny-wan", str(output), **SIZE)
@@ -348,7 +358,9 @@ def bad_folder(folder: Path) -> dict[str, str]:
     }
 
 
-def test_every_file_is_a_sample_or_has_a_reason(tmp_path):
+@pytest.mark.faults
+def test_every_file_is_a_sample_or_has_a_reason(tmp_path, capsys):
+    """Fault 28. Fault 30."""
     reasons = bad_folder(tmp_path / "bad")
     config = pp.PreprocessConfig(
         str(tmp_path / "bad"), "tiny-wan", str(tmp_path / "cache"), **SIZE, max_bad_fraction=1.0
@@ -362,6 +374,9 @@ def test_every_file_is_a_sample_or_has_a_reason(tmp_path):
     data = LatentCache(tmp_path / "cache")
     assert [data[i]["sample_id"] for i in range(len(data))] == ["good.mp4", "long caption.mp4"]
     assert data[0]["caption"] == "good ü" and len(data[1]["prompt_embeds"]) == 32  # cut to text_len
+    assert [sample.get("caption_cut_at") for sample in data.samples] == [None, 32]
+    assert data.manifest["num_captions_cut"] == 1
+    assert "2 samples, 24 files skipped (see skipped.jsonl), 1 captions cut at 32 tokens" in capsys.readouterr().out
     strict = dataclasses.replace(config, output=str(tmp_path / "strict"), max_bad_fraction=0.5)
     with pytest.raises(
         UserError,
@@ -373,7 +388,9 @@ def test_every_file_is_a_sample_or_has_a_reason(tmp_path):
         LatentCache(tmp_path / "strict")
 
 
+@pytest.mark.faults
 def test_pairs_and_empty_folders(tmp_path):
+    """Fault 30. Fault 31."""
     clip = ms.render_clip(ms.all_combinations()[0], num_frames=5, height=32, width=32)
     pairs = tmp_path / "pairs"
     (pairs / "deep").mkdir(parents=True)
@@ -410,7 +427,9 @@ def test_pairs_and_empty_folders(tmp_path):
         pp.preprocess(pp.PreprocessConfig(str(tmp_path / "nothing"), "tiny-wan", str(tmp_path / "e"), **SIZE))
 
 
+@pytest.mark.faults
 def test_every_prompt_is_a_sample_or_has_a_reason(tmp_path):
+    """Fault 30."""
     text = tmp_path / "prompts.txt"
     text.write_bytes(b"\xef\xbb\xbf first \r\n\n  \n\xff\xfe\nh\0i\0\nfirst\nleft\xe2\x80\xa8right")
     rows = [

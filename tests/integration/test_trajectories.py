@@ -230,12 +230,13 @@ def test_two_ranks_make_the_same_cache(runs, whole, tmp_path):
     assert "trajectories: 38/38 samples of this rank, 0s left" in done.stdout
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize(
     ("ranks", "kills"),
     [(1, 2), pytest.param(1, 5, marks=pytest.mark.slow), pytest.param(2, 5, marks=pytest.mark.slow)],
 )
 def test_killed_at_random_moments(runs, whole, tmp_path, ranks, kills):
-    """The cache is the same, and what was written before a kill is not made again."""
+    """Fault 43. The cache is the same, and what was written before a kill is not made again."""
     draws, arguments, path = random.Random(10 * ranks + kills), runs(tmp_path), tmp_path / "recipe/trajectories"
     kept: dict[Path, int] = {}
     for attempt in range(kills):
@@ -254,6 +255,7 @@ def test_killed_at_random_moments(runs, whole, tmp_path, ranks, kills):
     assert sorted(written) == sorted(set(range(TOTAL)) - {int(file.stem) for file in kept})
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize(
     "kill",
     [
@@ -265,7 +267,7 @@ def test_killed_at_random_moments(runs, whole, tmp_path, ranks, kills):
     ids=lambda kill: f"{kill[1]}",
 )
 def test_killed_while_packing(runs, whole, tmp_path, kill):
-    """Nothing is made again but what was not yet there."""
+    """Fault 43. Nothing is made again but what was not yet there."""
     arguments, path = runs(tmp_path), tmp_path / "recipe/trajectories"
     assert launch(arguments, tmp_path / "logs", kill=kill) == [-signal.SIGKILL]
     assert not (path / "manifest.json").exists()
@@ -274,8 +276,9 @@ def test_killed_while_packing(runs, whole, tmp_path, kill):
     assert content(path) == content(whole) and written == (list(range(TOTAL)) if "contract" in kill[1] else [])
 
 
+@pytest.mark.faults
 def test_killed_after_the_commit(runs, whole, tmp_path):
-    """The cache is complete; the samples' own files go."""
+    """Fault 43. The cache is complete; the samples' own files go."""
     arguments, path = runs(tmp_path), tmp_path / "recipe/trajectories"
     assert launch(arguments, tmp_path / "logs", kill=("rmtree", "samples", 1)) == [-signal.SIGKILL]
     with spied() as (written, built):
@@ -306,7 +309,9 @@ def interrupted(arguments: list[str], after: int) -> Path:
     return Path(load_config(arguments).method.teacher_path_cache)
 
 
+@pytest.mark.faults
 def test_a_truncated_sample_is_made_again(runs, whole, tmp_path):
+    """Fault 43."""
     arguments = runs(tmp_path)
     path = interrupted(arguments, 20)
     for index, size in ((3, -1), (11, 40), (17, 0)):
@@ -317,9 +322,11 @@ def test_a_truncated_sample_is_made_again(runs, whole, tmp_path):
     assert sorted(written) == [3, 11, 17, *range(20, TOTAL)] and content(path) == content(whole)
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize(("shard", "lost"), [("shard-00000", range(64)), ("shard-00001", range(64, 70))])
 @pytest.mark.parametrize("size", [None, 40, -1])
 def test_a_truncated_shard_is_made_again(runs, whole, tmp_path, shard, lost, size):
+    """Fault 43."""
     path = shutil.copytree(whole, tmp_path / "recipe/trajectories")
     file = path / f"{shard}.safetensors"
     file.write_bytes(file.read_bytes()[:size]) if size else file.unlink()

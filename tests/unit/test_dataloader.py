@@ -258,20 +258,23 @@ def test_prompt_only_sets_and_other_tensors():
     assert "latents" not in batch and batch["trajectory"].shape == (2, 5, 2)
 
 
+@pytest.mark.faults
 def test_clear_errors():
+    """Fault 31."""
     with pytest.raises(UserError, match="no samples"):
         BatchStream(FakeCache([0, 0]), global_batch_size=2, local_batch_size=1, seed=0)
     with pytest.raises(UserError, match=r"global_batch_size = 10 .* \(4\) x data-parallel ranks \(2\)"):
         BatchStream(FakeCache([5]), global_batch_size=10, local_batch_size=4, dp_world=2, seed=0)
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize(
     ("key", "change"),
     [("data.path", {}), ("training.seed", {"seed": 1}), ("training.global_batch_size", {"global_batch_size": 4})],
 )
 @pytest.mark.faults
 def test_a_state_of_other_data_is_refused(key, change):
-    """Fault 19."""
+    """Faults 19 and 33."""
     common = {"global_batch_size": 2, "local_batch_size": 1, "seed": 0}
     first = BatchStream(FakeCache([5]), **common)
     for _ in range(6):

@@ -34,6 +34,9 @@ def test_text_rows_are_wanpipelines(pipeline, encoder):
     )
     rows = encoder.encode(PROMPTS)
     assert [len(row) for row in rows][1:] == [1, 32]
+    assert [encoder.cuts(prompt) for prompt in PROMPTS] == [False, False, True]
+    exact = "a " * (encoder.text_len - 1)  # and the end
+    assert not encoder.cuts(exact) and encoder.cuts(exact + "a")
     for row, padded in zip(rows, expected, strict=True):
         torch.testing.assert_close(row, padded[: len(row)], atol=1e-5, rtol=1e-5)
         assert padded[len(row) :].eq(0).all()

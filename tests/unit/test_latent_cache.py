@@ -81,6 +81,7 @@ def test_a_cache_of_prompts_has_no_latents(whole, prompts):
     assert data.fingerprint != with_latents.fingerprint
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -97,6 +98,7 @@ def test_a_cache_of_prompts_has_no_latents(whole, prompts):
     ],
 )
 def test_damaged_prompts_are_named(prompts, change, message):
+    """Fault 29."""
     tensors = {key: value for key, value in (load_file(prompts / SHARD) | change).items() if value is not None}
     rewrite(prompts, tensors=tensors)
     with pytest.raises(UserError, match=message):
@@ -198,6 +200,7 @@ def shard_outside(cache: Path) -> None:
     edit_manifest(cache, shards={"../outside.safetensors": (cache / SHARD).stat().st_size})
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -224,6 +227,7 @@ def shard_outside(cache: Path) -> None:
     ],
 )
 def test_damage_is_named_when_it_is_opened(copy, damage, message):
+    """Fault 29."""
     damage(copy)
     with pytest.raises(UserError, match=message) as raised:
         LatentCache(copy)
@@ -233,9 +237,11 @@ def test_damage_is_named_when_it_is_opened(copy, damage, message):
         )  # the way out
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("name", ["latents.00003", text_key("caption 3")])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_values_that_are_not_finite_name_the_sample(copy, name, value):
+    """Fault 29."""
     tensors = load_file(copy / SHARD)
     tensors[name].view(-1)[1] = value
     rewrite(copy, tensors=tensors)

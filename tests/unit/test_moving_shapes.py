@@ -199,7 +199,14 @@ def test_program_errors_are_one_line(tmp_path, monkeypatch):
     (tmp_path / "damaged/a.txt").write_text(ms.all_combinations()[0].caption)
     (tmp_path / "json").mkdir()
     (tmp_path / "json/metadata.jsonl").write_text('{"file_name": "a.mp4"}\n')
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside/metadata.jsonl").write_text('{"file_name": "../damaged/a.mp4", "caption": "x"}\n')
+    (tmp_path / "link").mkdir()
+    (tmp_path / "link/a.mp4").symlink_to(tmp_path / "damaged/a.mp4")
+    (tmp_path / "link/a.txt").write_text("x")
     for arguments, message in (
+        (["judge", "--videos", str(tmp_path / "outside")], "the video '../damaged/a.mp4' leaves the folder"),
+        (["judge", "--videos", str(tmp_path / "link")], "the video 'a.mp4' leaves the folder"),
         (["judge", "--videos", str(tmp_path / "damaged")], "a.mp4: damaged or not a video"),
         (["judge", "--videos", str(tmp_path / "json")], "need file_name and caption"),
         (["render", "--output", str(tmp_path / "o"), "--num-clips", "2", "--height", "33"], "--height 33: .* 32 or 34"),

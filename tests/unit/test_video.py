@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import signal
+import threading
+import time
 from fractions import Fraction
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import av
 import numpy as np
 import pytest
 import torch
 
-from fvtitan.data.video import VideoError, VideoLimits, probe_video, read_all_frames, read_video, write_video
+from fvtitan.data.video import (
+    Isolated,
+    VideoError,
+    VideoLimits,
+    probe_video,
+    read_all_frames,
+    read_video,
+    write_video,
+)
+from fvtitan.errors import UserError
 
 SIZE = {"height": 32, "width": 32}
 
@@ -49,6 +64,7 @@ def test_write_and_read_back(tmp_path):
         write_video(tmp_path / "b.mp4", ramp(2, 31, 32), fps=16)
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize(
     ("source_fps", "expected"),
     [
@@ -59,6 +75,7 @@ def test_write_and_read_back(tmp_path):
     ],
 )
 def test_resampling_takes_the_frame_on_screen(tmp_path, source_fps, expected):
+    """Fault 28."""
     write_video(tmp_path / "a.mp4", ramp(30), fps=source_fps)
     assert levels(read_video(tmp_path / "a.mp4", num_frames=9, fps=16, **SIZE)) == expected
 
@@ -124,7 +141,9 @@ def test_rotation_metadata_is_honoured(tmp_path, matrix, side):
     assert read_all_frames(tmp_path / "a.mp4").shape == (5, *shape, 3)
 
 
+@pytest.mark.faults
 def test_resize_covers_and_crops_the_centre(tmp_path):
+    """Fault 28."""
     frames = ramp(5, 64, 128, step=0)
     frames[:, :, :32], frames[:, :, 96:] = 250, 250  # the sides, which a square crop leaves out
     write_video(tmp_path / "wide.mp4", frames, fps=16)
@@ -137,7 +156,9 @@ def test_resize_covers_and_crops_the_centre(tmp_path):
     assert read_video(tmp_path / "odd.mp4", num_frames=5, fps=16, **SIZE).shape == (5, 32, 32, 3)
 
 
+@pytest.mark.faults
 def test_too_short_says_both_counts(tmp_path):
+    """Fault 28."""
     write_video(tmp_path / "a.mp4", ramp(20), fps=30)
     with pytest.raises(VideoError, match="too short: 11 frames at 16 fps, 33 are needed"):
         read_video(tmp_path / "a.mp4", num_frames=33, fps=16, **SIZE)
@@ -145,7 +166,9 @@ def test_too_short_says_both_counts(tmp_path):
     assert len(read_video(tmp_path / "b.mp4", num_frames=9, fps=16, **SIZE)) == 9  # just long enough
 
 
+@pytest.mark.faults
 def test_unusable_files_have_a_reason(tmp_path):
+    """Fault 28."""
     (tmp_path / "empty.mp4").touch()
     (tmp_path / "text.mp4").write_text("this is not a video")
     write_video(
@@ -176,7 +199,9 @@ def test_unusable_files_have_a_reason(tmp_path):
             read_video(name, num_frames=9, fps=16, **SIZE)
 
 
+@pytest.mark.faults
 def test_a_damaged_picture_is_not_taken_for_a_good_one(tmp_path):
+    """Fault 28."""
     noise = torch.from_numpy(np.random.RandomState(0).randint(0, 255, (33, 64, 64, 3), np.uint8))
     write_video(tmp_path / "a.mp4", noise, 16)
     content, random = (tmp_path / "a.mp4").read_bytes(), np.random.RandomState(1)
@@ -195,25 +220,143 @@ def test_a_damaged_picture_is_not_taken_for_a_good_one(tmp_path):
     assert found >= 18  # a few bits can change a picture without breaking the syntax
 
 
-def test_playlists_are_no_videos(tmp_path):
+@pytest.fixture
+def server():
+    """(address, the paths that were asked for) of a web server on this machine."""
+    asked: list[str] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            self.send_error(404)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as web:
+        threading.Thread(target=web.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{web.server_port}", asked
+        web.shutdown()
+
+
+@pytest.mark.faults
+def test_a_file_that_refers_to_others_is_no_video(tmp_path, server):
+    """Fault 28. Playlists under a video's name, to another file and over the network: nothing is fetched."""
+    address, asked = server
     write_video(tmp_path / "a.mp4", ramp(9), fps=16)
-    (tmp_path / "concat.mp4").write_text("ffconcat version 1.0\nfile a.mp4\n")
-    (tmp_path / "hls.mp4").write_text("#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\na.mp4\n#EXT-X-ENDLIST\n")
-    for name in ("concat.mp4", "hls.mp4"):
-        with pytest.raises(VideoError, match="damaged or not a video"):
-            read_video(tmp_path / name, num_frames=9, fps=16, **SIZE)
+    hls = "#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\n{}\n#EXT-X-ENDLIST\n"
+    playlists = {
+        "concat": f"ffconcat version 1.0\nfile {tmp_path}/a.mp4\n",
+        "relative": "ffconcat version 1.0\nfile a.mp4\n",
+        "web": f"ffconcat version 1.0\nfile '{address}/a.mp4'\n",
+        "hls": hls.format("a.mp4"),
+        "hls-web": hls.format(f"{address}/a.ts"),
+        "dash": f'<?xml version="1.0"?><MPD xmlns="urn:mpeg:dash:schema:mpd:2011"><Period><AdaptationSet mimeType="video/mp4">'
+        f'<Representation id="1"><BaseURL>{address}/a.mp4</BaseURL></Representation></AdaptationSet></Period></MPD>',
+        "sdp": "v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nt=0 0\nm=video 9 RTP/AVP 96\na=rtpmap:96 H264/90000\n",
+    }
+    for name, text in playlists.items():
+        for suffix in (".mp4", ".m3u8", ".ffconcat"):
+            path = tmp_path / f"{name}{suffix}"
+            path.write_text(text)
+            with pytest.raises(VideoError, match="damaged or not a video"):
+                read_video(path, num_frames=9, fps=16, **SIZE)
+    assert asked == []
+    with pytest.raises(av.FFmpegError):  # what FFmpeg does when it may
+        av.open(str(tmp_path / "hls-web.m3u8"), options={"protocol_whitelist": "file,http,tcp"})
+    assert set(asked) == {"/a.ts"}
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize(
     ("limits", "reason"),
     [
-        (VideoLimits(max_bytes=100), "bytes, more than the limit of 100"),
-        (VideoLimits(max_seconds=0.5), r"lasts 1\.\d s, more than the limit of 0.5 s"),
-        (VideoLimits(max_pixels=1000), "1024 pixels, more than the limit of 1000"),
-        (VideoLimits(max_frames=5), "more frames than the limit of 5"),
+        (VideoLimits(max_bytes=100), r"bytes, more than the limit of 100 \(--max-bytes\)"),
+        (VideoLimits(max_seconds=0.5), r"lasts 1\.\d s, more than the limit of 0.5 \(--max-seconds\)"),
+        (VideoLimits(max_pixels=1000), r"1024 pixels, more than the limit of 1000 \(--max-pixels\)"),
+        (VideoLimits(max_frames=5), r"more than the limit of 5 \(--max-frames\)"),
     ],
 )
 def test_limits(tmp_path, limits, reason):
+    """Fault 28. What is too large says by how much, and which limit it is."""
     write_video(tmp_path / "a.mp4", ramp(20), fps=16)
     with pytest.raises(VideoError, match=reason):
         read_video(tmp_path / "a.mp4", num_frames=9, fps=16, limits=limits, **SIZE)
+    with pytest.raises(VideoError, match=reason):
+        with Isolated(read_video, limits) as read:
+            read(tmp_path / "a.mp4", num_frames=9, fps=16, **SIZE)
+    with pytest.raises(UserError, match=r"--max-pixels 0: must be > 0"):
+        VideoLimits(max_pixels=0).check()
+
+
+@pytest.mark.faults
+def test_a_stream_that_grows_is_refused_before_its_frames_are_decoded(tmp_path):
+    """Fault 28. 12 small frames, then large ones: what the header says is no proof."""
+    parts = []
+    for size in (32, 256):
+        path = tmp_path / f"{size}.ts"
+        with av.open(str(path), "w", format="mpegts") as container:
+            stream = container.add_stream("libx264", rate=16)
+            stream.width = stream.height = size
+            stream.pix_fmt = "yuv420p"
+            for image in ramp(12, size, size).numpy():
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+            container.mux(stream.encode())
+        parts.append(path.read_bytes())
+    (tmp_path / "grows.mp4").write_bytes(b"".join(parts))
+    assert read_all_frames_sizes(tmp_path / "grows.mp4") == {32, 256}
+    with pytest.raises(VideoError, match=r"damaged after \d+ frames, or .* more than 2000 pixels \(--max-pixels\)"):
+        read_video(tmp_path / "grows.mp4", num_frames=21, fps=16, limits=VideoLimits(max_pixels=2000), **SIZE)
+
+
+def read_all_frames_sizes(path) -> set[int]:
+    with av.open(str(path)) as container:
+        return {frame.width for frame in container.decode(video=0)}
+
+
+def test_isolated_gives_the_same(tmp_path):
+    path, request = tmp_path / "a ü \udcff.mp4", {"num_frames": 9, "fps": 16, **SIZE}
+    write_video(tmp_path / "a.mp4", ramp(20), fps=16)
+    (tmp_path / "a.mp4").rename(path)
+    with Isolated(read_video, VideoLimits()) as read:
+        (tmp_path / "empty.mp4").touch()
+        for _ in range(2):
+            assert torch.equal(read(path, **request), read_video(path, **request))
+            (process,) = multiprocessing.active_children()
+            with pytest.raises(VideoError, match=r"the file is empty \(0 bytes\)"):
+                read(tmp_path / "empty.mp4", **request)
+            assert multiprocessing.active_children() == [process]  # a bad file costs nothing
+    with Isolated(read_all_frames, VideoLimits()) as read, Isolated(probe_video, VideoLimits()) as probe:
+        assert torch.equal(read(path), read_all_frames(path)) and probe(path) == probe_video(path)
+    assert multiprocessing.active_children() == []
+
+
+def misbehaves(path, limits: VideoLimits) -> torch.Tensor:
+    """As the file's name says."""
+    path.write_text(str(os.getpid()))
+    while path.name == "hangs":
+        time.sleep(1)
+    if path.name == "crashes":
+        signal.signal(signal.SIGSEGV, signal.SIG_DFL)  # pytest would write where it happened
+        os.kill(os.getpid(), signal.SIGSEGV)
+    return torch.tensor([7], dtype=torch.uint8)
+
+
+@pytest.mark.faults
+def test_a_decoder_that_hangs_or_crashes_costs_the_file_only(tmp_path):
+    """Fault 28. Its process is killed; the error has the limit and its flag, or how it ended; the next file is read."""
+    with Isolated(misbehaves, VideoLimits(max_read_seconds=1)) as read:
+        for name, message in (
+            ("hangs", r"not read within the limit of 1 s \(--max-read-seconds\)"),
+            ("crashes", r"the decoder crashed \(status -11\)"),
+        ):
+            with pytest.raises(VideoError, match=message):
+                read(tmp_path / name)
+            with pytest.raises(ProcessLookupError):
+                os.kill(int((tmp_path / name).read_text()), 0)
+            assert read(tmp_path / "good").tolist() == [7]
+        (process,) = multiprocessing.active_children()
+        process.kill()  # while it has nothing to do
+        process.join()
+        assert read(tmp_path / "good").tolist() == [7]
+    assert multiprocessing.active_children() == []

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from fvtitan.distributed.utils import use_private_compile_cache
 from fvtitan.models.blocks import Runs, block_starts, earlier_frames
 
 if TYPE_CHECKING:
@@ -204,6 +205,7 @@ FLEX_OPTIONS = {"wrap_inductor_compiled_regions": True}
 def _compiled_flex():
     from torch.nn.attention.flex_attention import flex_attention
 
+    use_private_compile_cache()
     return torch.compile(flex_attention, options=FLEX_OPTIONS)
 
 

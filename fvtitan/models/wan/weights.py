@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from fvtitan.components.checkpoint import Checkpointer, read_tensor_names, read_tensors
-from fvtitan.components.files import write_atomic
+from fvtitan.components.files import open_safetensors, write_atomic
 from fvtitan.components.lora import base_parameters, merge_adapter
 from fvtitan.components.rng import generator
 from fvtitan.distributed.utils import local_rows, local_tensor, reshard
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from fvtitan.config import JobConfig, RoleConfig
 
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
+# 8-bit floats are not values without their scales, which are kept elsewhere.
+WEIGHT_DTYPES = ("BF16", "F16", "F32", "F64")
 
 
 def transformer_folder(init_from: str) -> Path:
@@ -74,9 +76,22 @@ def weight_files(folder: Path) -> dict[str, Path]:
 
 def _open(path: Path) -> Any:
     try:
-        return safe_open(path, framework="pt")
+        return open_safetensors(path)
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: damaged safetensors file: {error}") from None
+
+
+def _stored(path: Path, handle: Any, source: str, expected: tuple[int, ...]) -> Any:
+    """A tensor's slice that nothing has been read of. Raises `UserError` unless it has the model's shape and is of floats."""
+    try:
+        stored = handle.get_slice(source)
+    except SafetensorError as error:
+        raise UserError(f"{path}: {error}") from None
+    if tuple(stored.get_shape()) != expected:
+        raise UserError(f"{path}: {source} has shape {stored.get_shape()}, the model needs {list(expected)}")
+    if stored.get_dtype() not in WEIGHT_DTYPES:
+        raise UserError(f"{path}: {source} is {stored.get_dtype()}, need one of {', '.join(WEIGHT_DTYPES)}")
+    return stored
 
 
 @torch.no_grad()
@@ -91,16 +106,8 @@ def load_pretrained(transformer: WanTransformer, init_from: str) -> None:
     reshard(transformer)
     handles = {path: _open(path) for path in set(files.values())}
     for name, parameter in parameters.items():
-        source = names[name]
-        try:
-            stored = handles[files[source]].get_slice(source)
-        except SafetensorError as error:
-            raise UserError(f"{files[source]}: {error}") from None
-        expected = diffusers_shape(name, parameter.shape, transformer.cfg)
-        if tuple(stored.get_shape()) != expected:
-            raise UserError(
-                f"{files[source]}: {source} has shape {stored.get_shape()}, the model needs {list(expected)}"
-            )
+        source, path = names[name], files[names[name]]
+        stored = _stored(path, handles[path], source, diffusers_shape(name, parameter.shape, transformer.cfg))
         rows, shard = local_rows(parameter), local_tensor(parameter)
         if rows.stop > rows.start:
             shard.copy_(stored[rows].reshape(shard.shape))
@@ -136,10 +143,10 @@ def read_pipeline(init_from: str) -> tuple[WanConfig, dict[str, Tensor]]:
     names = diffusers_names(shapes)
     check_complete(names, files, str(folder))
     handles = {path: _open(path) for path in set(files.values())}
-    tensors = {ours: handles[files[theirs]].get_tensor(theirs) for ours, theirs in names.items()}
-    for name, tensor in tensors.items():
-        if tuple(tensor.shape) != diffusers_shape(name, shapes[name], sizes):
-            raise UserError(f"{folder}: {names[name]} has shape {list(tensor.shape)}, not what config.json says")
+    tensors = {}
+    for ours, theirs in names.items():
+        path = files[theirs]
+        tensors[ours] = _stored(path, handles[path], theirs, diffusers_shape(ours, shapes[ours], sizes))[:]
     return sizes, {name: tensor.reshape(shapes[name]) for name, tensor in tensors.items()}
 
 
