@@ -27,7 +27,7 @@ from fvtitan.components.lr_scheduler import LRSchedulerConfig
 from fvtitan.components.optimizer import OptimizerConfig
 from fvtitan.distributed.sequence_parallel import check_heads, divisors
 from fvtitan.distributed.utils import CommConfig, world_size_from_environment
-from fvtitan.errors import UserError, cli, did_you_mean
+from fvtitan.errors import UserError, cli, did_you_mean, shortened
 from fvtitan.flow_matching import ScheduleConfig
 from fvtitan.methods import METHODS
 from fvtitan.methods.base import MethodConfig
@@ -503,7 +503,8 @@ class JobConfig:
         roles = (*method.roles, *method.optional_roles)
         for role, model in self.models.items():
             _require(
-                role in roles, f"[models.{_dotted('', role)}] is not a role of {self.method.name!r}.{did_you_mean(role, roles)}"
+                role in roles,
+                f"[models.{_dotted('', role)}] is not a role of {self.method.name!r}.{did_you_mean(role, roles)}",
             )
             model.check(role)
             self.role_optimizer(role).check(f"models.{role}.optimizer")
@@ -631,12 +632,7 @@ def _dotted(key: str, name: str) -> str:
 
 
 def _shown(value: Any) -> str:
-    return _shortened(repr(value))
-
-
-def _shortened(text: str) -> str:
-    """For an error, which is one line."""
-    return text if len(text) <= 200 else f"{text[:200]}..."
+    return shortened(repr(value))
 
 
 def _describe(annotation: Any) -> str:
@@ -664,7 +660,7 @@ def _parse(annotation: Any, value: Any, key: str) -> Any:
         return origin(
             _parse(kind, entry, f"{key}[{i}]") for i, (kind, entry) in enumerate(zip(kinds, value, strict=True))
         )
-    if annotation is float and type(value) is int:
+    if annotation is float and type(value) is int and float(value) == value:
         return float(value)
     if origin is None and type(value) is annotation:
         return value
@@ -679,7 +675,7 @@ def _parse_dataclass(cls: type, table: Any, key: str) -> Any:
     for name in table:
         if name not in names:
             where = _dotted(key, name) if key else f"[{_dotted(key, name)}]"
-            raise UserError(f"unknown key {_shortened(where)}.{did_you_mean(name[:200], names)}")
+            raise UserError(f"unknown key {shortened(where)}.{did_you_mean(name[:200], names)}")
     return cls(**{name: _parse(hints[name], value, _dotted(key, name)) for name, value in table.items()})
 
 

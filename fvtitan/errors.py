@@ -18,6 +18,13 @@ def did_you_mean(word: str, options: Iterable[str]) -> str:
     return f" Did you mean {near[0]!r}?" if near else f" Allowed: {', '.join(options)}."
 
 
+def shortened(text: object, limit: int = 200) -> str:
+    """Somebody's text for the one line of an error: cut at `limit` characters, with escapes for what cannot be printed."""
+    text = str(text)
+    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[:limit])
+    return line if len(text) <= limit else f"{line}..."
+
+
 def cli(main: Callable[[], int | None]) -> None:
     """Run a program's `main`: a `UserError` becomes one line on stderr and exit status 2; other exceptions propagate."""
     try:

@@ -244,7 +244,9 @@ class Checkpointer:
 
     def _begin(self, temporary: Path) -> None:
         if temporary.exists():
-            if not (temporary / _MARKER).exists():
+            # Killed before the marker was whole, we leave a folder that holds at most a part of it.
+            begun = all(path.name.startswith(f".{_MARKER}.") for path in temporary.iterdir())
+            if not begun and not (temporary / _MARKER).exists():
                 raise CheckpointError(f"{temporary} is in the way and is not ours; move it")
             shutil.rmtree(temporary)
         temporary.mkdir(parents=True)

@@ -6,7 +6,10 @@ reader's name and the input's number alone: `python -m tests.faults.test_fuzz to
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import hashlib
+import json
 import random
 import re
 import sys
@@ -18,12 +21,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from fvtitan.config import JobConfig, load_config
+from fvtitan.data.latent_cache import LatentCache, check_cache_geometry, fingerprint
 from fvtitan.errors import UserError
 from fvtitan.methods import METHODS
-from tests.faults.damage import bounded, damaged_bytes, damaged_lines
-from tests.helpers import ROOT
+from tests.faults.damage import bounded, damaged_bytes, damaged_files, damaged_lines, read_files, write_files
+from tests.helpers import GEOMETRY, ROOT, make_cache
 
 QUICK, ALL = 40, 1000
 Attempt = Callable[[random.Random], str]  # damages, reads, asserts; returns what was done
@@ -58,7 +64,7 @@ OTHER_VALUES = """
     true false True "" "x" 'tiny' "\\u0000" "\\ud800" "\\n" "\u2028" "é" LONG \"\"\"a\nb\"\"\" "unended
     [] [1] [0.9,0.99] ["a"] [[1]] [nan] [1,"a"] [true] DEEP {} {a=1} {name="dmd2"} {a={b=1}} 1979-05-27 07:32:00
     """.split()
-BIG = {"HEX": "0x" + "f" * 5000, "DIGITS": "9" * 5000, "LONG": '"' + "x" * 10**5 + '"', "DEEP": "[" * 3000 + "]" * 3000}
+BIG = {"HEX": "0x" + "f" * 5000, "DIGITS": "9" * 5000, "LONG": '"' + "x" * 2000 + '"', "DEEP": "[" * 3000 + "]" * 3000}
 OTHER_LINES = (
     "unknown = 1",
     "stepz = 3",
@@ -158,7 +164,99 @@ def test_toml(tmp_path, count):
     assert outcomes["error"] > count // 3 and outcomes["same"] > count // 10, outcomes
 
 
-READERS: dict[str, Callable[[Path], Attempt]] = {"toml": Toml}
+# ----------------------------------------------------------------------------------------------------------- caches
+
+
+def assert_same(seen: Any, expected: Any, where: str = "") -> None:
+    """Trees of dicts, lists and tensors, bit for bit."""
+    assert type(seen) is type(expected), where
+    if isinstance(expected, dict):
+        assert seen.keys() == expected.keys(), where
+        for key, value in expected.items():
+            assert_same(seen[key], value, f"{where}.{key}")
+    elif isinstance(expected, list | tuple):
+        assert len(seen) == len(expected), where
+        for i, value in enumerate(expected):
+            assert_same(seen[i], value, f"{where}[{i}]")
+    elif isinstance(expected, torch.Tensor):
+        assert seen.dtype == expected.dtype and seen.shape == expected.shape and torch.equal(seen, expected), where
+    else:
+        assert seen == expected, f"{where}: {seen!r}, not {expected!r}"
+
+
+def read_latents(path: Path) -> dict[str, Any]:
+    """Everything that training sees of a cache."""
+    cache = LatentCache(path)
+    check_cache_geometry(cache, **GEOMETRY)
+    return {
+        "samples": [cache[i] for i in range(len(cache))],
+        "prompts": (cache.empty_prompt_embeds, cache.negative_prompt_embeds),
+        "buckets": (cache.bucket_shapes, cache.bucket_indices, cache.has_latents),
+        "identity": (cache.fingerprint, cache.manifest["contract"]),
+    }
+
+
+def latents_as_written(path: Path) -> dict[str, Any]:
+    """The samples and prompts of a cache, by nothing of ours."""
+    lines = [json.loads(line) for line in (path / "samples.jsonl").read_bytes().split(b"\n") if line]
+    stored = {name: load_file(path / name) for name in {line["shard"] for line in lines}}
+    samples = []
+    for line in lines:
+        text = "text." + hashlib.sha256(line["caption"].encode()).hexdigest()[:24]
+        tensors = {"latents": stored[line["shard"]][line["key"]], "prompt_embeds": stored[line["shard"]][text]}
+        samples.append({"sample_id": line["sample_id"], "caption": line["caption"], **tensors})
+    prompts = load_file(path / "prompts.safetensors")
+    return {"samples": samples, "prompts": (prompts["empty"], prompts["negative"])}
+
+
+def fit_manifest(files: dict[str, Any]) -> None:
+    """Make a latent cache's manifest that of the damaged files, as far as they allow."""
+    manifest = json.loads(files["manifest.json"])
+    lines = files.get("samples.jsonl") or b""
+    manifest["samples_sha256"] = hashlib.sha256(lines).hexdigest()
+    manifest["shards"] = {name: len(files.get(name) or b"") for name in manifest["shards"]}
+    with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError, AttributeError):
+        samples = [json.loads(line) for line in lines.split(b"\n") if line]
+        manifest |= {"num_samples": len(samples), "fingerprint": fingerprint(manifest["contract"], samples)}
+    files["manifest.json"] = json.dumps(manifest).encode()
+
+
+class Latents:
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder / "damaged"
+        self.files = read_files(make_cache(folder / "cache", 6, num_portrait=2))
+        self.expected = read_latents(folder / "cache")
+
+    def __call__(self, draws: random.Random) -> str:
+        files: dict[str, Any] = dict(self.files)
+        name, done = damaged_files(draws, files)
+        fits = draws.random() < 0.5 and files.get("manifest.json") == self.files["manifest.json"]
+        fits = fits and all(isinstance(content, bytes) for content in files.values())
+        if fits:
+            fit_manifest(files)
+        write_files(self.folder, files)
+        try:
+            seen = read_latents(self.folder)
+        except UserError as error:
+            one_line(error)
+            assert str(self.folder) in str(error), error
+            return "error"
+        if fits:
+            expected = latents_as_written(self.folder)
+            seen = {key: seen[key] for key in expected}
+        else:
+            expected = self.expected
+        assert_same(seen, expected, f"{name}, {done}")
+        return "same"
+
+
+@pytest.mark.parametrize("count", [QUICK, pytest.param(ALL, marks=pytest.mark.slow)])
+def test_latent_cache(tmp_path, count):
+    outcomes = fuzz("latents", count, Latents(tmp_path))
+    assert outcomes["error"] > count // 2 and outcomes["same"] > count // 50, outcomes
+
+
+READERS: dict[str, Callable[[Path], Attempt]] = {"toml": Toml, "latents": Latents}
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as scratch:
