@@ -15,6 +15,7 @@ import re
 import sys
 import tempfile
 import tomllib
+import unittest.mock
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -22,14 +23,17 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 
 from fvtitan.config import JobConfig, load_config
 from fvtitan.data.latent_cache import LatentCache, check_cache_geometry, fingerprint
+from fvtitan.data.trajectory_cache import TrajectoryFolder
 from fvtitan.errors import UserError
 from fvtitan.methods import METHODS
+from fvtitan.trajectories import build_contract, prepare_trajectories
 from tests.faults.damage import bounded, damaged_bytes, damaged_files, damaged_lines, read_files, write_files
-from tests.helpers import GEOMETRY, ROOT, make_cache
+from tests.helpers import GEOMETRY, ROOT, kd_recipe, make_cache, small_arguments
 
 QUICK, ALL = 40, 1000
 Attempt = Callable[[random.Random], str]  # damages, reads, asserts; returns what was done
@@ -256,8 +260,63 @@ def test_latent_cache(tmp_path, count):
     assert outcomes["error"] > count // 2 and outcomes["same"] > count // 50, outcomes
 
 
-READERS: dict[str, Callable[[Path], Attempt]] = {"toml": Toml, "latents": Latents}
+class Trajectories:
+    """A complete cache of trajectories without a teacher, as a training run opens it."""
+
+    TOTAL = 6
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder / "trajectories"
+        make_cache(folder / "prompts", 3)
+        keys = {"job__config_file": kd_recipe(folder, {"teacher": None}, num_trajectories=self.TOTAL)}
+        self.cfg = load_config(small_arguments(folder / "prompts", folder / "run", **keys), world_size=1)
+        self.prompts = LatentCache(folder / "prompts", prompts_only=True)
+        contract = build_contract(self.cfg, self.prompts, 16, "")
+        made = TrajectoryFolder(self.folder, contract)
+        made.shard_samples = 4
+        made.begin()
+        rng = torch.Generator().manual_seed(0)
+        shape = contract["shape"]
+        for i in range(self.TOTAL):
+            made.write_sample(i, torch.randn(2, *shape, generator=rng), torch.randn(shape, generator=rng))
+        for name, indices in made.shards(self.TOTAL).items():
+            made.pack(name, indices)
+        made.commit(self.TOTAL)
+        self.files = read_files(self.folder)
+        self.expected = self.read()
+
+    def read(self) -> list[Any]:
+        with unittest.mock.patch("fvtitan.data.trajectory_cache.SHARD_SAMPLES", 4):
+            cache = prepare_trajectories(self.cfg, None, self.prompts, 16)
+            return [cache[i] for i in range(len(cache))]
+
+    def __call__(self, draws: random.Random) -> str:
+        files: dict[str, Any] = dict(self.files)
+        name, done = damaged_files(draws, files)
+        if draws.random() < 0.3 and files.get("manifest.json") == self.files["manifest.json"]:
+            manifest = json.loads(files["manifest.json"])
+            sizes = {shard: len(files[shard]) for shard in manifest["shards"] if isinstance(files.get(shard), bytes)}
+            files["manifest.json"] = json.dumps(manifest | {"shards": manifest["shards"] | sizes}).encode()
+        write_files(self.folder, files)
+        try:
+            seen = self.read()
+        except UserError as error:
+            one_line(error)
+            assert str(self.folder) in str(error), error
+            return "error"
+        assert_same(seen, self.expected, f"{name}, {done}")
+        return "same"
+
+
+@pytest.mark.parametrize("count", [QUICK, pytest.param(ALL, marks=pytest.mark.slow)])
+def test_trajectory_cache(tmp_path, single_process_group, count):
+    outcomes = fuzz("trajectories", count, Trajectories(tmp_path))
+    assert outcomes["error"] > count // 2 and outcomes["same"] > count // 50, outcomes
+
+
+READERS: dict[str, Callable[[Path], Attempt]] = {"toml": Toml, "latents": Latents, "trajectories": Trajectories}
 
 if __name__ == "__main__":
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     with tempfile.TemporaryDirectory() as scratch:
         print(run(sys.argv[1], int(sys.argv[2]), READERS[sys.argv[1]](Path(scratch))))
