@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ class TrajectoryFolder:
     that differs; `ignore` are fields that nobody here can know.
     """
 
-    def __init__(self, path: str | Path, contract: Mapping[str, Any], *, ignore: Iterable[str] = ()):
+    def __init__(self, path: str | Path, contract: Mapping[str, Any], *, ignore: Collection[str] = ()):
         self.path = Path(path)
         self.contract = json.loads(json.dumps(dict(contract)))
         recorded = _read_json(self.path / "contract.json")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
+import pickle
 import random
 import resource
 import shutil
@@ -12,6 +14,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import torch
 
 SECONDS, BYTES = 20, 2 * 2**30  # an input may take, and may allocate beyond what the process has
 
@@ -219,3 +223,91 @@ def damaged_files(draws: random.Random, files: dict[str, Any]) -> tuple[str, str
     else:
         files[name], done = damaged_bytes(draws, files[name])
     return name, done
+
+
+# ------------------------------------------------------------------------------------------------------ checkpoints
+
+
+class Mischief:
+    """Unpickled by anybody but us, it writes a file."""
+
+    def __init__(self, sentinel: Path) -> None:
+        self.sentinel = sentinel
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.sentinel,)
+
+
+def damaged_index(draws: random.Random, content: bytes, sentinel: Path) -> tuple[bytes, str]:
+    """A checkpoint's `.metadata`, a pickle, with another value in one of its records."""
+    index = pickle.loads(content)  # ours, as it was written
+    tensors, stored = index.state_dict_metadata, index.storage_data
+    name, key = draws.choice(sorted(tensors)), draws.choice(sorted(stored, key=str))
+    chunks = tensors[name].chunks
+    numbers = (-1, 0, 1, 7, 2**31, 2**40, 2**62, 10**30, None, "x", 1.5, float("nan"))
+    sizes = (torch.Size([]), torch.Size([2**40]), torch.Size([8]), [8], (8, -1), None, torch.Size([2**20, 2**20]), "x")
+    kind = draws.randrange(16)
+    other = draws.choice(numbers)
+    if kind == 0:
+        tensors[name].size = other = draws.choice(sizes)
+    elif kind == 1:
+        chunks[0] = dataclasses.replace(chunks[0], sizes=(other := draws.choice(sizes)))
+    elif kind == 2:
+        chunks[0] = dataclasses.replace(chunks[0], offsets=(other := draws.choice(sizes)))
+    elif kind == 3:
+        stored[key] = dataclasses.replace(stored[key], offset=other)
+    elif kind == 4:
+        stored[key] = dataclasses.replace(stored[key], length=other)
+    elif kind == 5:
+        other = draws.choice(("../state.json", "/etc/passwd", "state.json", "", "\0", None, 3, "nowhere", ".metadata"))
+        stored[key] = dataclasses.replace(stored[key], relative_path=other)
+    elif kind == 6:
+        other = draws.choice((torch.float64, torch.bfloat16, torch.int8, torch.bool, None, "x", 3))
+        tensors[name].properties = dataclasses.replace(tensors[name].properties, dtype=other)
+    elif kind == 7:
+        del tensors[name]
+    elif kind == 8:
+        del stored[key]
+    elif kind == 9:
+        tensors[draws.choice((name + "x", "", "x.y"))] = tensors[name]
+    elif kind == 10:
+        tensors[name].chunks = other = draws.choice(([], None, 2 * chunks, chunks * 3, [None], "x"))
+    elif kind == 11:
+        other = draws.choice(sorted(stored, key=str))
+        stored[key], stored[other] = stored[other], stored[key]
+    elif kind == 12:
+        other = draws.choice(("state_dict_metadata", "storage_data", "planner_data", "storage_meta"))
+        setattr(index, other, draws.choice((None, [], {}, 3, {"x": 1}, {1: 2})))
+    elif kind == 13:
+        other = draws.choice(("state_dict_metadata", "storage_data"))
+        setattr(index, other, {**getattr(index, other), draws.choice(("x", 1, None)): draws.choice((None, 1, "x", []))})
+    elif kind == 14:
+        other = draws.choice(("planner_data", "storage_meta"))
+        setattr(index, other, Mischief(sentinel))
+    else:
+        stored[key] = dataclasses.replace(
+            stored[key], transform_descriptors=(other := draws.choice((["zlib"], "x", 3)))
+        )
+    return pickle.dumps(index), f"record {kind} of {name}: {other!r:.60}"
+
+
+def damaged_pickle(draws: random.Random, sentinel: Path) -> tuple[bytes, str]:
+    """A pickle that is no index at all."""
+    value = draws.choice(
+        (Mischief(sentinel), [Mischief(sentinel)], None, 3, "x", {}, [], torch.Size([3]), torch.float32)
+    )
+    recursive: list[Any] = []
+    recursive.append(recursive)
+    content = draws.choice(
+        (
+            pickle.dumps(value, protocol=draws.choice((0, 2, 4))),
+            pickle.dumps(recursive),
+            b"\x80\x04" + b"(" * 10**5 + b".",
+            b"cos\nsystem\n(S'true'\ntR.",
+            b"ctorch\nload\n.",
+            b"ctorch\nSize\n((I99999999999999\nttR.",
+            b"\x80\x04\x8e" + (2**62).to_bytes(8, "little"),  # a bytes object of that size
+            b"\x80\x04\x95" + (2**62).to_bytes(8, "little") + b"N.",  # a frame of that size
+        )
+    )
+    return content, f"another pickle: {content[:40]!r}"

@@ -19,21 +19,51 @@ import unittest.mock
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.fsdp import fully_shard
+from torch.optim.lr_scheduler import LambdaLR
 
-from fvtitan.config import JobConfig, load_config
+from fvtitan.components.checkpoint import (
+    Checkpointer,
+    CheckpointError,
+    ModelState,
+    OptimizerState,
+    RandomState,
+    SchedulerState,
+    TrainState,
+    read_tensor_names,
+    read_tensors,
+    seed_optimizer_state,
+)
+from fvtitan.components.ema import EMA, EMAConfig
+from fvtitan.components.stateful import Identity
+from fvtitan.config import CheckpointSection, JobConfig, load_config
+from fvtitan.data.dataloader import BatchStream
 from fvtitan.data.latent_cache import LatentCache, check_cache_geometry, fingerprint
 from fvtitan.data.trajectory_cache import TrajectoryFolder
+from fvtitan.distributed.utils import local_tensor
 from fvtitan.errors import UserError
 from fvtitan.methods import METHODS
 from fvtitan.trajectories import build_contract, prepare_trajectories
-from tests.faults.damage import bounded, damaged_bytes, damaged_files, damaged_lines, read_files, write_files
-from tests.helpers import GEOMETRY, ROOT, kd_recipe, make_cache, small_arguments
+from tests.faults.damage import (
+    bounded,
+    damaged_bytes,
+    damaged_files,
+    damaged_index,
+    damaged_json,
+    damaged_lines,
+    damaged_pickle,
+    read_files,
+    write_files,
+)
+from tests.helpers import GEOMETRY, ROOT, kd_recipe, make_cache, read_checkpoint, small_arguments
 
 QUICK, ALL = 40, 1000
 Attempt = Callable[[random.Random], str]  # damages, reads, asserts; returns what was done
@@ -314,7 +344,167 @@ def test_trajectory_cache(tmp_path, single_process_group, count):
     assert outcomes["error"] > count // 2 and outcomes["same"] > count // 50, outcomes
 
 
-READERS: dict[str, Callable[[Path], Attempt]] = {"toml": Toml, "latents": Latents, "trajectories": Trajectories}
+# ------------------------------------------------------------------------------------------------------ checkpoints
+
+
+class Run:
+    """What a run saves, small: every kind of state there is."""
+
+    def __init__(self, data: LatentCache, seed: int, updates: int) -> None:
+        torch.manual_seed(seed)
+        self.net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 4))
+        for layer in (self.net[0], self.net[2], self.net):
+            fully_shard(layer)
+        weights = [p for p in self.net.parameters() if p.ndim == 2]
+        biases = [p for p in self.net.parameters() if p.ndim == 1]
+        self.optimizer = torch.optim.AdamW([{"params": weights}, {"params": biases, "weight_decay": 0.0}], lr=1e-2)
+        scheduler = LambdaLR(self.optimizer, lambda update: 1 / (update + 1))
+        model = SimpleNamespace(trained_parameters=lambda: dict(self.net.named_parameters()))
+        ema, batches = (
+            EMA(model, EMAConfig(True, 0.8)),
+            BatchStream(data, global_batch_size=2, local_batch_size=2, seed=3),
+        )
+        train_state = TrainState()
+        self.states: dict[str, Any] = {
+            "roles.student.transformer": ModelState(self.net),
+            "optimizers.student": OptimizerState(dict(self.net.named_parameters()), self.optimizer),
+            "schedulers.student": SchedulerState(scheduler),
+            "identity.teacher": Identity("models.teacher", "ab12"),
+            "random_state": RandomState(torch.Generator().manual_seed(seed)),
+            "dataloader": batches,
+            "train_state": train_state,
+            "ema.student": ema,
+        }
+        for step in range(1, updates + 1):
+            next(batches)
+            self.net(torch.ones(2, 4)).square().sum().backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            scheduler.step()
+            ema.update(step)
+            train_state.step = step
+        if not updates:
+            seed_optimizer_state(self.optimizer)
+
+    def content(self) -> dict[str, Any]:
+        """Copies: {dotted name: tensor}, and everything else as JSON has it."""
+        tensors: dict[str, torch.Tensor] = {}
+        flat_states = {name: state.state_dict() for name, state in self.states.items()}
+
+        def plain(tree: Any, prefix: str) -> Any:
+            if not isinstance(tree, dict):
+                return tree
+            rest = {}
+            for key, value in tree.items():
+                if isinstance(value, torch.Tensor):
+                    tensors[f"{prefix}.{key}"] = local_tensor(value).detach().clone()
+                else:
+                    rest[key] = plain(value, f"{prefix}.{key}")
+            return rest
+
+        rest = {name: plain(tree, name) for name, tree in flat_states.items()}
+        return {"tensors": tensors, "plain": json.loads(json.dumps(rest))}
+
+
+class Checkpoints:
+    """Two checkpoints, the newer one damaged: found, loaded into a run, and read without one."""
+
+    ROLE = "roles.student.transformer"
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.sentinel = folder / "checkpoint", folder / "sentinel"
+        self.data = LatentCache(make_cache(folder / "cache", 6))
+        checkpointer = Checkpointer(self.folder)
+        for step in (1, 2):
+            run = Run(self.data, seed=0, updates=step)
+            checkpointer.save(step, run.states, extra_files={"config.toml": "[job]\n", "roles.json": "{}"})
+        self.path = self.folder / "step-2"
+        self.files = read_files(self.path)
+        self.expected = run.content()
+
+    def damage(self, draws: random.Random, files: dict[str, Any]) -> tuple[str, bool]:
+        """(what was done, whether the manifest fits the damage)."""
+        kind = draws.randrange(4)
+        if kind == 0:
+            name, done = damaged_files(draws, files)
+        elif kind == 1:
+            name = ".metadata"
+            files[name], done = damaged_index(draws, files[name], self.sentinel)
+        elif kind == 2:
+            name = draws.choice(("state.json", "manifest.json"))
+            text, done = damaged_json(draws, files[name].decode())
+            files[name] = text.encode("utf-8", "surrogatepass")
+        else:
+            name = draws.choice([".metadata", *(name for name in files if name.endswith(".distcp"))])
+            index = name == ".metadata" and draws.random() < 0.5
+            files[name], done = damaged_pickle(draws, self.sentinel) if index else damaged_bytes(draws, files[name])
+        fits = draws.random() < 0.8 and files.get("manifest.json") == self.files["manifest.json"]
+        if fits:
+            entries = [
+                {"name": file, "size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+                for file, content in files.items()
+                if isinstance(content, bytes) and file != "manifest.json"
+            ]
+            files["manifest.json"] = json.dumps({"files": entries}).encode()
+        return f"{name}, {done}", fits
+
+    def as_written(self) -> dict[str, Any]:
+        """What the files say, by torch's own reader; where it cannot read them, what was saved."""
+        try:
+            plain = json.loads((self.path / "state.json").read_bytes())["states"]
+            return {"tensors": read_checkpoint(self.path), "plain": plain}
+        except (CheckpointException, ValueError):
+            return dict(self.expected)
+
+    def __call__(self, draws: random.Random) -> str:
+        files: dict[str, Any] = dict(self.files)
+        done, fits = self.damage(draws, files)
+        write_files(self.path, files)
+        run = Run(self.data, seed=1, updates=0)
+        before = run.content()
+        with contextlib.suppress(UserError, CheckpointError):
+            alone = read_tensors(self.path, self.ROLE)
+            expected = (self.as_written() if fits else self.expected)["tensors"]
+            own = {name.removeprefix(f"{self.ROLE}."): tensor for name, tensor in expected.items() if self.ROLE in name}
+            assert_same(alone, own, done)
+            assert sorted(read_tensor_names(self.path, self.ROLE)) == sorted(own), done
+        checkpointer = Checkpointer(self.folder)
+        try:
+            found = checkpointer.find(CheckpointSection())
+            assert found == self.path, f"went back to {found} without a word: {done}"
+            checkpointer.load(found, run.states)
+        except (UserError, CheckpointError) as error:
+            one_line(error)
+            assert str(self.path) in str(error), error
+            assert_same(run.content(), before, f"touched by a load that failed: {done}")
+            return "error"
+        finally:
+            checkpointer.close()
+            assert not self.sentinel.exists(), f"executed: {done}"
+        expected, seen = self.as_written() if fits else dict(self.expected), run.content()
+        named = [{name for name in c["tensors"] if name.startswith("random_state.")} for c in (seen, expected)]
+        if named[0] != named[1]:  # it starts anew, and says so
+            for content in (seen, expected):
+                content["plain"].pop("random_state", None)
+                content["tensors"] = {n: t for n, t in content["tensors"].items() if "random_state." not in n}
+        assert_same(seen["tensors"], expected["tensors"], done)
+        plain = [json.dumps(content["plain"], sort_keys=True) for content in (seen, expected)]  # NaN is NaN there
+        assert plain[0] == plain[1], done
+        return "same"
+
+
+@pytest.mark.parametrize("count", [QUICK, pytest.param(ALL, marks=pytest.mark.slow)])
+def test_checkpoint(tmp_path, single_process_group, count):
+    outcomes = fuzz("checkpoint", count, Checkpoints(tmp_path))
+    assert outcomes["error"] > count // 2 and outcomes["same"] > count // 50, outcomes
+
+
+READERS: dict[str, Callable[[Path], Attempt]] = {
+    "toml": Toml,
+    "latents": Latents,
+    "trajectories": Trajectories,
+    "checkpoint": Checkpoints,
+}
 
 if __name__ == "__main__":
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)

@@ -30,6 +30,7 @@ from tests.integration.test_self_forcing import setting as self_forcing_setting 
 from tests.integration.test_train import training_values
 
 PATIENCE = 300  # seconds for what takes a few
+TIMEOUT = 60  # of a rank that waits for one that was killed before they were connected; torchrun would end it at once
 EVENTS = 24  # of start-up and about two steps: a run gets on, and each of its parts is hit
 
 
@@ -117,6 +118,7 @@ def finetune_arguments(cache: Path, folder: Path, **overrides: Any) -> list[str]
 def check(seed: str, arguments: Any, tmp_path: Path, ranks: int, kills: int, steps: int, **keys: Any) -> list[str]:
     """A run that is killed against one that is not; where the kills hit."""
     keys = {"training__steps": steps, "checkpoint__interval": 1, "checkpoint__keep_latest_k": 2, **keys}
+    keys["comm__timeout_seconds"] = TIMEOUT
     both = [arguments(folder, **keys) for folder in (tmp_path / "whole", tmp_path / "killed")]
     assert run(ranks, both[0], tmp_path / "whole/events") == [0] * ranks, output(tmp_path / "whole/events")
     landed = killed(seed, ranks, kills, tmp_path / "whole/events", both[1], tmp_path / "killed")
