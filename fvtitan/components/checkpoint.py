@@ -47,7 +47,6 @@ from fvtitan.components.stateful import (
     SchedulerState,
     Stateful,
     TrainState,
-    check_saved,
     seed_optimizer_state,
 )
 from fvtitan.distributed.utils import local_tensor
@@ -505,12 +504,9 @@ def _match(
             continue
         get = getattr(state, "load_template", None)
         template = get(saved_plain[name]) if get else state.state_dict()
-        wanted, plain = _split({name: template})
+        wanted, _ = _split({name: template})
         if _under(name, [_PER_RANK]) and not wanted.keys() <= saved_tensors.keys():
             continue  # saved on another kind of device
-        if get is None:
-            own = {key: value for key, value in saved_plain[name].items() if key in plain[name]}
-            check_saved(plain[name], own if _under(name, [_PER_RANK]) else saved_plain[name], name)
         names.append(name)
         templates[name] = template
         # Into tensors of their own: a read that fails in the middle has touched nothing.

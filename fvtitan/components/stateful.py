@@ -37,8 +37,9 @@ class Stateful(Protocol):
 
 def check_saved(here: Any, saved: Any, name: str) -> None:
     """Raise `UserError` unless what was saved as `name` is of the kind of what is there now: objects with the same keys (those
-    with an underscore are torch's own, and come and go), lists as long, values of the same type."""
+    with an underscore are torch's own, and come and go), lists as long, values of the same type. Tensors do not count."""
     if isinstance(here, Mapping) and isinstance(saved, Mapping):
+        here, saved = ({k: v for k, v in tree.items() if not isinstance(v, Tensor)} for tree in (here, saved))
         for key in sorted(here.keys() ^ saved.keys()):
             if not key.startswith("_"):
                 raise UserError(f"{name} {'lacks' if key in here else 'also has'} {shortened(repr(key))}")
@@ -203,6 +204,11 @@ class SchedulerState:
     def state_dict(self) -> dict[str, Any]:
         return {key: _plain(value) for key, value in self.scheduler.state_dict().items() if key != "lr_lambdas"}
 
+    def load_template(self, saved: Mapping[str, Any]) -> dict[str, Any]:
+        """No tensors to read; raises `UserError` when it is not a schedule's position."""
+        check_saved(self.state_dict(), saved, "the schedule")
+        return {}
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         curves = getattr(self.scheduler, "lr_lambdas", None)
         self.scheduler.load_state_dict(state_dict | ({} if curves is None else {"lr_lambdas": [None] * len(curves)}))
@@ -216,6 +222,11 @@ class TrainState:
 
     def state_dict(self) -> dict[str, Any]:
         return {"step": self.step}
+
+    def load_template(self, saved: Mapping[str, Any]) -> dict[str, Any]:
+        """No tensors to read; raises `UserError` when it is not a number of steps."""
+        check_saved(self.state_dict(), saved, "train_state")
+        return {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.step = state_dict["step"]
@@ -279,7 +290,14 @@ class RandomState:
             state["generator"] = self.generator.get_state()
         return {f"rank{self.rank}": state}
 
+    def load_template(self, saved: Mapping[str, Any]) -> dict[str, Any]:
+        """This rank's part, which may be missing; raises `UserError` when it is not one."""
+        state = self.state_dict()
+        check_saved(state, state | {key: saved[key] for key in state if key in saved}, "random_state")
+        return state
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Raises `UserError`, and changes nothing, when a generator refuses its state."""
         state = state_dict[f"rank{self.rank}"]
         numpy, python = state["numpy"], state["python"]
         keys = numpy["keys"].numpy().astype(np.uint32)
