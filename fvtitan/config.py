@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import json
+import math
+import re
 import sys
 import types
 import typing
@@ -24,7 +27,7 @@ from fvtitan.components.lr_scheduler import LRSchedulerConfig
 from fvtitan.components.optimizer import OptimizerConfig
 from fvtitan.distributed.sequence_parallel import check_heads, divisors
 from fvtitan.distributed.utils import CommConfig, world_size_from_environment
-from fvtitan.errors import UserError, cli, did_you_mean, redacted
+from fvtitan.errors import UserError, cli, did_you_mean, redacted, shortened
 from fvtitan.flow_matching import ScheduleConfig
 from fvtitan.methods import METHODS
 from fvtitan.methods.base import MethodConfig
@@ -507,6 +510,7 @@ class JobConfig:
 
     def check(self) -> None:
         """Everything that can be known before any work. Raises `UserError` at the first problem."""
+        _check_numbers(dataclasses.asdict(self))
         for section in (
             "schedule",
             "data",
@@ -524,7 +528,8 @@ class JobConfig:
         roles = (*method.roles, *method.optional_roles)
         for role, model in self.models.items():
             _require(
-                role in roles, f"[models.{role}] is not a role of {self.method.name!r}.{did_you_mean(role, roles)}"
+                role in roles,
+                f"[models.{_dotted('', role)}] is not a role of {self.method.name!r}.{did_you_mean(role, roles)}",
             )
             model.check(role)
             self.role_optimizer(role).check(f"models.{role}.optimizer")
@@ -637,6 +642,30 @@ def _plain(tree: Any) -> Any:
     return redacted(tree) if isinstance(tree, str) else tree
 
 
+def _check_numbers(tree: Any, key: str = "") -> None:
+    """Raise `UserError` for a NaN or an infinity, which comparisons let pass, and for an integer beyond TOML's 64 bits."""
+    if isinstance(tree, dict):
+        for name, value in tree.items():
+            _check_numbers(value, _dotted(key, name))
+    elif isinstance(tree, list | tuple):
+        for i, value in enumerate(tree):
+            _check_numbers(value, f"{key}[{i}]")
+    elif isinstance(tree, float):
+        _require(math.isfinite(tree), f"{key} = {tree}: must be a finite number")
+    elif isinstance(tree, int):
+        _require(-(2**63) <= tree < 2**63, f"{key} is an integer of more than 64 bits")
+
+
+def _dotted(key: str, name: str) -> str:
+    """The key of an entry of a table, quoted where TOML would."""
+    name = name if re.fullmatch(r"[A-Za-z0-9_-]+", name) else json.dumps(name)
+    return f"{key}.{name}" if key else name
+
+
+def _shown(value: Any) -> str:
+    return shortened(repr(value))
+
+
 def _describe(annotation: Any) -> str:
     return annotation.__name__ if isinstance(annotation, type) else str(annotation).replace("typing.", "")
 
@@ -651,34 +680,34 @@ def _parse(annotation: Any, value: Any, key: str) -> Any:
     if origin is Literal:
         if value in args and type(value) in {type(arg) for arg in args}:
             return value
-        raise UserError(f"{key} = {value!r} is not allowed.{did_you_mean(str(value), map(str, args))}")
+        raise UserError(f"{key} = {_shown(value)} is not allowed.{did_you_mean(str(value)[:200], map(str, args))}")
     if origin is dict and isinstance(value, dict):
-        return {name: _parse(args[1], entry, f"{key}.{name}") for name, entry in value.items()}
+        return {name: _parse(args[1], entry, _dotted(key, name)) for name, entry in value.items()}
     if origin in (tuple, list) and isinstance(value, list):
         variadic = origin is list or args[-1] is Ellipsis
         if not variadic and len(value) != len(args):
-            raise UserError(f"{key} = {value!r}: need {len(args)} values, got {len(value)}")
+            raise UserError(f"{key} = {_shown(value)}: need {len(args)} values, got {len(value)}")
         kinds = [args[0]] * len(value) if variadic else args
         return origin(
             _parse(kind, entry, f"{key}[{i}]") for i, (kind, entry) in enumerate(zip(kinds, value, strict=True))
         )
-    if annotation is float and type(value) is int:
+    if annotation is float and type(value) is int and float(value) == value:
         return float(value)
     if origin is None and type(value) is annotation:
         return value
-    raise UserError(f"{key} = {value!r} has the wrong type {type(value).__name__}: need {_describe(annotation)}")
+    raise UserError(f"{key} = {_shown(value)} has the wrong type {type(value).__name__}: need {_describe(annotation)}")
 
 
 def _parse_dataclass(cls: type, table: Any, key: str) -> Any:
     if not isinstance(table, dict):
-        raise UserError(f"{key} = {table!r}: need a table [{key}]")
+        raise UserError(f"{key} = {_shown(table)}: need a table [{key}]")
     hints = typing.get_type_hints(cls)
     names = [f.name for f in dataclasses.fields(cls)]
     for name in table:
         if name not in names:
-            where = f"{key}.{name}" if key else f"[{name}]"
-            raise UserError(f"unknown key {where}.{did_you_mean(name, names)}")
-    return cls(**{name: _parse(hints[name], value, f"{key}.{name}" if key else name) for name, value in table.items()})
+            where = _dotted(key, name) if key else f"[{_dotted(key, name)}]"
+            raise UserError(f"unknown key {shortened(where)}.{did_you_mean(name[:200], names)}")
+    return cls(**{name: _parse(hints[name], value, _dotted(key, name)) for name, value in table.items()})
 
 
 def read_toml(path: str | Path) -> JobConfig:
@@ -689,17 +718,20 @@ def read_toml(path: str | Path) -> JobConfig:
     except FileNotFoundError:
         near = [str(p) for p in sorted(path.parent.glob("*.toml"))] if path.parent.is_dir() else []
         raise UserError(f"no such file: {path}.{did_you_mean(str(path), near) if near else ''}") from None
-    except (tomli.TOMLDecodeError, UnicodeDecodeError, IsADirectoryError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: not TOML, not UTF-8, or too many digits
         raise UserError(f"{path}: not a TOML file: {error}") from None
     try:
+        _check_numbers(table)
         method_table = table.pop("method", {})
         name = method_table.get("name", "finetune") if isinstance(method_table, dict) else method_table
         if not isinstance(name, str) or name not in METHODS:
-            raise UserError(f"method.name = {name!r} is not a method.{did_you_mean(str(name), METHODS)}")
+            raise UserError(f"method.name = {_shown(name)} is not a method.{did_you_mean(str(name)[:200], METHODS)}")
         cfg = _parse_dataclass(JobConfig, table, "")
         cfg.method = _parse_dataclass(METHODS[name].Config, method_table, "method")
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
+    except RecursionError:
+        raise UserError(f"{path}: tables or lists are nested too deeply") from None
     return cfg
 
 

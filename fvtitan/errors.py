@@ -56,6 +56,13 @@ def _print_exception(kind: type[BaseException], error: BaseException, at: Traceb
     print(redacted("".join(traceback.format_exception(kind, error, at))), end="", file=sys.stderr)
 
 
+def shortened(text: object, limit: int = 200) -> str:
+    """Somebody's text for the one line of an error: cut at `limit` characters, with escapes for what cannot be printed."""
+    text = str(text)
+    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[:limit])
+    return line if len(text) <= limit else f"{line}..."
+
+
 def cli(main: Callable[[], int | None]) -> None:
     """Run a program's `main`: an error that has an exit status (`UserError`: 2) becomes one line on stderr; a full disk ends
     with 74; other exceptions propagate. None is printed with a secret in it."""

@@ -27,11 +27,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 
 from fvtitan.components.files import write_atomic
 from fvtitan.components.progress import Progress
-from fvtitan.data.latent_cache import FORMAT_VERSION, fingerprint, read_jsonl, stack_text, text_key
+from fvtitan.data.latent_cache import FORMAT_VERSION, fingerprint, read_jsonl, shard_bytes, stack_text, text_key
 from fvtitan.data.listing import Record, list_prompts, list_records
 from fvtitan.data.video import Isolated, VideoError, VideoLimits, read_video
 from fvtitan.distributed.utils import close_distributed, on_rank_zero
@@ -231,7 +230,7 @@ def _write_shard(
             line["shape"] = list(tensors[line["key"]].shape)
             if text_encoder.cuts(line["caption"]):
                 line["caption_cut_at"] = text_encoder.text_len
-    write_atomic(Path(cfg.output) / name, save(tensors))
+    write_atomic(Path(cfg.output) / name, shard_bytes(name, tensors))
     write_atomic(Path(cfg.output) / f"{name}.jsonl", _jsonl(lines))
     if cfg.prompts:
         report(len(records))
@@ -326,6 +325,7 @@ def _commit(cfg: PreprocessConfig, contract: dict[str, Any], num_shards: int, ig
         "format_version": FORMAT_VERSION,
         "fingerprint": fingerprint(contract, samples),
         "num_samples": len(samples),
+        "samples_sha256": hashlib.sha256(_jsonl(samples).encode()).hexdigest(),
         "num_skipped": bad,
         "num_ignored": len(unused),
         "num_captions_cut": cut,
@@ -378,7 +378,8 @@ def preprocess(cfg: PreprocessConfig) -> None:
     for number, part in parts.items():
         _write_shard(_shard_name(number), part, cfg, text_encoder, vae, progress.add)
     if need_prompts:
-        write_atomic(output / "prompts.safetensors", save(stack_text(text_encoder.encode(["", cfg.negative_prompt]))))
+        embeds = stack_text(text_encoder.encode(["", cfg.negative_prompt]))
+        write_atomic(output / "prompts.safetensors", shard_bytes("prompts.safetensors", embeds))
     if world > 1:
         dist.barrier()
     said = on_rank_zero(lambda: _commit(cfg, contract, num_shards, ignored))

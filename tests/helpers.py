@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import runpy
 import sys
@@ -10,11 +11,10 @@ from pathlib import Path
 
 import tomli_w
 import torch
-from safetensors.torch import save_file
 
 from fvtitan.components.rng import generator
 from fvtitan.config import JobConfig, RoleConfig, load_config
-from fvtitan.data.latent_cache import FORMAT_VERSION, fingerprint, stack_text, text_key
+from fvtitan.data.latent_cache import FORMAT_VERSION, fingerprint, shard_bytes, stack_text, text_key
 from fvtitan.flow_matching import ScheduleConfig
 from fvtitan.models.wan.model import WanCausalModel, WanModel
 from fvtitan.models.wan.transformer import WanConfig, WanTransformer, init_parameter
@@ -47,15 +47,17 @@ def make_cache(
                 "source_sha256": f"{i}-{seed}",
             }
         )
-    save_file(tensors, folder / name)
-    prompts = [torch.randn(length, text_dim, generator=rng) for length in (1, 4)]
-    save_file(stack_text(prompts), folder / "prompts.safetensors")
-    (folder / "samples.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
+    (folder / name).write_bytes(shard_bytes(name, tensors))
+    prompts = stack_text([torch.randn(length, text_dim, generator=rng) for length in (1, 4)])
+    (folder / "prompts.safetensors").write_bytes(shard_bytes("prompts.safetensors", prompts))
+    lines = "".join(json.dumps(sample) + "\n" for sample in samples)
+    (folder / "samples.jsonl").write_text(lines)
     contract = {"encoders": {"text_len": 32}, "size": GEOMETRY}
     manifest = {
         "format_version": FORMAT_VERSION,
         "fingerprint": fingerprint(contract, samples),
         "num_samples": num_samples,
+        "samples_sha256": hashlib.sha256(lines.encode()).hexdigest(),
         "contract": contract,
         "shards": {name: (folder / name).stat().st_size},
     }

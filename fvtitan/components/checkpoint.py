@@ -54,7 +54,7 @@ from fvtitan.components.stateful import (
     seed_optimizer_state,
 )
 from fvtitan.distributed.utils import local_tensor
-from fvtitan.errors import EXIT_DISK_FULL, UserError, is_disk_full
+from fvtitan.errors import EXIT_DISK_FULL, UserError, is_disk_full, shortened
 
 if TYPE_CHECKING:
     from fvtitan.config import CheckpointSection
@@ -325,7 +325,9 @@ class Checkpointer:
 
     def _begin(self, temporary: Path) -> None:
         if temporary.exists():
-            if not (temporary / _MARKER).exists():
+            # Killed before the marker was whole, we leave a folder that holds at most a part of it.
+            begun = all(path.name.startswith(f".{_MARKER}.") for path in temporary.iterdir())
+            if not begun and not (temporary / _MARKER).exists():
                 raise CheckpointError(f"{temporary} is in the way and is not ours; move it")
             shutil.rmtree(temporary)
         temporary.mkdir(parents=True)
@@ -467,7 +469,9 @@ class Checkpointer:
             )
 
         def restore() -> None:
-            for name in names:
+            for name in sorted(
+                names, key=lambda name: not _under(name, [_PER_RANK])
+            ):  # first what can refuse its values
                 states[name].load_state_dict(_join(templates[name], saved_plain[name], f"{name}.", tensors))
 
         self._everywhere(what, restore)
@@ -559,10 +563,10 @@ def _portable(error: Exception | None) -> tuple[type[Exception], str] | None:
     if error is None:
         return None
     if isinstance(error, UserError | CheckpointError):
-        return type(error), str(error)
+        return type(error), shortened(error, 5000)
     if is_disk_full(error):
         return DiskFull, error.strerror
-    return CheckpointError, f"{type(error).__name__}: {error}"
+    return CheckpointError, shortened(f"{type(error).__name__}: {error}", 1000)
 
 
 # States <-> flat tensors and JSON
@@ -643,7 +647,8 @@ def _match(
             continue  # saved on another kind of device
         names.append(name)
         templates[name] = template
-        tensors |= wanted
+        # Into tensors of their own: a read that fails in the middle has touched nothing.
+        tensors |= {key: torch.empty_like(tensor) for key, tensor in wanted.items()}
     return names, templates, tensors
 
 
@@ -710,10 +715,14 @@ def _read_manifest(path: Path) -> dict[str, tuple[int, str]]:
         files = {str(e["name"]): (int(e["size"]), str(e["sha256"])) for e in entries}
     except FileNotFoundError:
         raise DamagedCheckpoint(f"{path} has no manifest.json: it is not a complete checkpoint") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise DamagedCheckpoint(f"damaged checkpoint {path}: manifest.json cannot be read ({error})") from None
-    if bad := [name for name in files if Path(name).name != name]:
-        raise DamagedCheckpoint(f"damaged checkpoint {path}: manifest.json names files elsewhere: {bad[0]!r}")
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+        reason = shortened(f"manifest.json cannot be read ({error})")
+        raise DamagedCheckpoint(f"damaged checkpoint {path}: {reason}") from None
+    if len(files) != len(entries):
+        raise DamagedCheckpoint(f"damaged checkpoint {path}: manifest.json names a file twice")
+    if bad := [name for name in files if Path(name).name != name or not name.isprintable() or len(name) > 255]:
+        reason = f"manifest.json names files elsewhere: {shortened(repr(bad[0]))}"
+        raise DamagedCheckpoint(f"damaged checkpoint {path}: {reason}")
     if lacking := {".metadata", "state.json"} - files.keys():
         raise DamagedCheckpoint(f"damaged checkpoint {path}: manifest.json lacks {', '.join(sorted(lacking))}")
     return files
@@ -779,14 +788,21 @@ def _unused(path: Path) -> Path:
 def _is_complete(path: Path) -> bool:
     try:
         return all((path / name).stat().st_size == size for name, (size, _) in _read_manifest(path).items())
-    except (UserError, FileNotFoundError):
+    except (UserError, OSError):
         return False
 
 
 def _read_index(path: Path, files: Collection[str]) -> tuple[dict[str, metadata.TensorStorageMetadata], dict[str, Any]]:
     """What the checkpoint holds: tensors by key with shape and dtype, and the JSON part by state."""
     index = _Reader(path, files).read_metadata()
-    return index.state_dict_metadata, json.loads((path / "state.json").read_bytes())["states"]
+    try:
+        plain = json.loads((path / "state.json").read_bytes())["states"]
+        if not isinstance(plain, dict) or not all(isinstance(state, dict) for state in plain.values()):
+            raise TypeError("the states are not objects")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        reason = shortened(f"{type(error).__name__}: {error}")
+        raise DamagedCheckpoint(f"damaged checkpoint {path}: state.json cannot be read ({reason})") from None
+    return index.state_dict_metadata, plain
 
 
 # torch.distributed.checkpoint, without its unpickling of arbitrary objects
@@ -850,15 +866,40 @@ class _Reader(dcp.FileSystemReader):
     def read_metadata(self) -> metadata.Metadata:
         try:
             index = _Unpickler(io.BytesIO((self._root / ".metadata").read_bytes())).load()
-            tensors = index.state_dict_metadata.values()
-            places = {info.relative_path for info in index.storage_data.values()}
-        except (pickle.UnpicklingError, EOFError, AttributeError, TypeError, ValueError, IndexError) as error:
-            raise DamagedCheckpoint(f"refused {self._root / '.metadata'}: {error}") from None
-        if not all(isinstance(tensor, metadata.TensorStorageMetadata) for tensor in tensors):
-            raise DamagedCheckpoint(f"refused {self._root / '.metadata'}: it holds objects other than tensors")
-        if foreign := places - set(self._files):
-            raise DamagedCheckpoint(f"refused {self._root / '.metadata'}: it points to {sorted(foreign)[0]!r}")
+            self._check(index)
+        except Exception as error:  # a pickle can raise anything
+            reason = str(error) if isinstance(error, pickle.UnpicklingError) else f"{type(error).__name__}: {error}"
+            raise DamagedCheckpoint(f"refused {self._root / '.metadata'}: {shortened(reason)}") from None
         return index
+
+    def _check(self, index: Any) -> None:
+        """Raise `UnpicklingError` unless the index is whole and fits the files: nothing is allocated or read by it before."""
+
+        def require(condition: bool, message: str) -> None:
+            if not condition:
+                raise pickle.UnpicklingError(message)
+
+        tensors, stored = index.state_dict_metadata, index.storage_data
+        sizes = {name: (self._root / name).stat().st_size for name in self._files}
+        for place, info in stored.items():
+            require(isinstance(place, metadata.MetadataIndex), "it holds objects other than tensors")
+            require(info.relative_path in sizes, f"it points to {info.relative_path!r}")
+            inside = 0 <= info.offset and 0 < info.length <= sizes[info.relative_path] - info.offset
+            require(inside and not info.transform_descriptors, f"{place.fqn} lies outside of {info.relative_path}")
+        for name, tensor in tensors.items():
+            require(isinstance(tensor, metadata.TensorStorageMetadata), "it holds objects other than tensors")
+            shape, dtype = tensor.size, tensor.properties.dtype
+            require(isinstance(shape, torch.Size) and isinstance(dtype, torch.dtype), f"{name} has no shape or dtype")
+            require(shape.numel() * dtype.itemsize <= sum(sizes.values()), f"{name} is larger than the files")
+            for chunk in tensor.chunks:
+                fits = len(chunk.offsets) == len(chunk.sizes) == len(shape)
+                parts = zip(chunk.offsets, chunk.sizes, shape, strict=True) if fits else ()
+                fits = fits and all(0 <= start and 0 <= size <= whole - start for start, size, whole in parts)
+                require(fits, f"{name} has a part outside of it")
+                require(metadata.MetadataIndex(name, chunk.offsets) in stored, f"{name} has a part that lies nowhere")
+            starts = {tuple(chunk.offsets) for chunk in tensor.chunks}
+            complete = sum(chunk.sizes.numel() for chunk in tensor.chunks) == shape.numel()
+            require(complete and len(starts) == len(tensor.chunks), f"{name} is not the sum of its parts")
 
 
 class _Planner(DefaultLoadPlanner):
@@ -876,7 +917,8 @@ def _dcp_errors(what: str, folder: Path) -> Iterator[None]:
         if is_disk_full(cause):
             raise DiskFull(f"{what} (rank {rank}): {cause.strerror}") from None
         free = shutil.disk_usage(folder).free
-        message = f"{what} (rank {rank}): {type(cause).__name__}: {cause} [{free} bytes free in {folder}]"
+        reason = shortened(f"{type(cause).__name__}: {cause}", 500)
+        message = f"{what} (rank {rank}): {reason} [{free} bytes free in {folder}]"
         raise CheckpointError(message) from error
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from fvtitan.components.stateful import check_saved
 from fvtitan.distributed.utils import local_tensor
 from fvtitan.errors import UserError
 
@@ -79,6 +80,11 @@ class EMA:
 
     def state_dict(self) -> dict[str, Any]:
         return {"num_updates": self.num_updates, **self.shadow}
+
+    def load_template(self, saved: Mapping[str, Any]) -> dict[str, Any]:
+        """The averages, to read into copies of; raises `UserError` when the rest is not a count."""
+        check_saved({"num_updates": self.num_updates}, saved, "ema")
+        return dict(self.shadow)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.num_updates = state["num_updates"]

@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from fvtitan.distributed.utils import local_tensor, reshard
-from fvtitan.errors import UserError
+from fvtitan.errors import UserError, shortened
 
 
 class Stateful(Protocol):
@@ -33,6 +33,26 @@ class Stateful(Protocol):
     def state_dict(self) -> dict[str, Any]: ...
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...
+
+
+def check_saved(here: Any, saved: Any, name: str) -> None:
+    """Raise `UserError` unless what was saved as `name` is of the kind of what is there now: objects with the same keys (those
+    with an underscore are torch's own, and come and go), lists as long, values of the same type. Tensors do not count."""
+    if isinstance(here, Mapping) and isinstance(saved, Mapping):
+        here, saved = ({k: v for k, v in tree.items() if not isinstance(v, Tensor)} for tree in (here, saved))
+        for key in sorted(here.keys() ^ saved.keys()):
+            if not key.startswith("_"):
+                raise UserError(f"{name} {'lacks' if key in here else 'also has'} {shortened(repr(key))}")
+        for key in here.keys() & saved.keys():
+            check_saved(here[key], saved[key], f"{name}.{key}")
+    elif isinstance(here, list | tuple) and isinstance(saved, list):
+        if len(here) != len(saved):
+            raise UserError(f"{name} has {len(saved)} values there, {len(here)} here")
+        for index, (ours, theirs) in enumerate(zip(here, saved, strict=True)):
+            check_saved(ours, theirs, f"{name}[{index}]")
+    elif not (type(here) is type(saved) or here is None or (saved is None and isinstance(here, float))):
+        if not (isinstance(here, float) and type(saved) is int):
+            raise UserError(f"{name} is {shortened(repr(saved))}, which is not a {type(here).__name__}")
 
 
 class ModelState:
@@ -96,6 +116,7 @@ class OptimizerState:
 
     def load_template(self, saved: Mapping[str, Any]) -> dict[str, Any]:
         """Zeros for every entry that was saved, sharded like its parameter; the optimizer is not touched."""
+        self._check_kinds(saved)
         self._check_parameters(saved)
         template: dict[str, dict[str, Tensor]] = {}
         for group, named in zip(self.optimizer.param_groups, self.groups, strict=True):
@@ -114,6 +135,25 @@ class OptimizerState:
             values = saved[named[0][0]]
             for key, value in values.items():
                 group[key] = _like(group.get(key), value)
+
+    def _check_kinds(self, saved: Mapping[str, Any]) -> None:
+        """Raise `UserError` for what no optimizer has saved."""
+        check_saved({"state": None, "entries": None, "param_groups": None}, saved, "the optimizer")
+        for key, kind in (("state", dict), ("entries", dict), ("param_groups", list)):
+            if not isinstance(saved[key], kind):
+                raise UserError(f"{key} of the optimizer is {shortened(repr(saved[key]))}")
+        for name, entries in saved["entries"].items():
+            if not isinstance(entries, list) or not all(entry in _ENTRIES for entry in entries):
+                raise UserError(f"the optimizer has {shortened(repr(entries))} of {shortened(name)}")
+        if bad := [name for name, rest in saved["state"].items() if rest != {} or name not in saved["entries"]]:
+            raise UserError(f"the optimizer has {shortened(repr(saved['state'][bad[0]]))} of {shortened(bad[0])}")
+        group = self.optimizer.param_groups[0]
+        ours = {key: _plain(value) for key, value in group.items() if key not in self._BUILT}
+        for number, group in enumerate(saved["param_groups"]):
+            names = group.get("names") if isinstance(group, dict) else None
+            if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+                raise UserError(f"group {number} of the optimizer has no names")
+            check_saved(ours, {k: v for k, v in group.items() if k != "names"}, f"group {number} of the optimizer")
 
     def _check_parameters(self, saved: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         """Saved hyper-parameters by parameter name; `UserError` unless they are those of this optimizer's groups."""
@@ -145,6 +185,9 @@ def seed_optimizer_state(optimizer: Optimizer) -> None:
                 optimizer.state[parameter] = {name: _empty_entry(name, parameter, group) for name in names}
 
 
+_ENTRIES = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "step"}
+
+
 def _empty_entry(entry: str, parameter: Tensor, group: Mapping[str, Any]) -> Tensor:
     if entry == "step":
         on_device = group.get("fused") or group.get("capturable")
@@ -161,6 +204,11 @@ class SchedulerState:
     def state_dict(self) -> dict[str, Any]:
         return {key: _plain(value) for key, value in self.scheduler.state_dict().items() if key != "lr_lambdas"}
 
+    def load_template(self, saved: Mapping[str, Any]) -> dict[str, Any]:
+        """No tensors to read; raises `UserError` when it is not a schedule's position."""
+        check_saved(self.state_dict(), saved, "the schedule")
+        return {}
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         curves = getattr(self.scheduler, "lr_lambdas", None)
         self.scheduler.load_state_dict(state_dict | ({} if curves is None else {"lr_lambdas": [None] * len(curves)}))
@@ -175,6 +223,11 @@ class TrainState:
 
     def state_dict(self) -> dict[str, Any]:
         return {"step": self.step, "nonfinite_skips": self.nonfinite_skips}
+
+    def load_template(self, saved: Mapping[str, Any]) -> dict[str, Any]:
+        """No tensors to read; raises `UserError` when it is not a number of steps."""
+        check_saved(self.state_dict(), saved, "train_state")
+        return {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.step = state_dict["step"]
@@ -196,6 +249,7 @@ class Identity:
 
     def load_template(self, saved_state: Mapping[str, Any]) -> dict[str, Any]:
         """Nothing to read; raises `UserError` when the weights are others."""
+        check_saved(self.state_dict(), saved_state, self.key)
         saved = saved_state["sha256"]
         if saved and self.identity and saved != self.identity:
             raise UserError(
@@ -238,13 +292,33 @@ class RandomState:
             state["generator"] = self.generator.get_state()
         return {f"rank{self.rank}": state}
 
+    def load_template(self, saved: Mapping[str, Any]) -> dict[str, Any]:
+        """This rank's part, which may be missing; raises `UserError` when it is not one."""
+        state = self.state_dict()
+        check_saved(state, state | {key: saved[key] for key in state if key in saved}, "random_state")
+        return state
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Raises `UserError`, and changes nothing, when a generator refuses its state."""
         state = state_dict[f"rank{self.rank}"]
         numpy, python = state["numpy"], state["python"]
-        torch.set_rng_state(state["torch"])
         keys = numpy["keys"].numpy().astype(np.uint32)
-        np.random.set_state(("MT19937", keys, numpy["position"], numpy["has_gauss"], numpy["gauss"]))
-        random.setstate((python["version"], tuple(python["words"].tolist()), python["next_gauss"]))
+        numpy_state = ("MT19937", keys, numpy["position"], numpy["has_gauss"], numpy["gauss"])
+        python_state = (python["version"], tuple(python["words"].tolist()), python["next_gauss"])
+        try:  # on others first: when one refuses, none has changed
+            for name in ("torch", "generator"):
+                on_cpu = name == "torch" or (self.generator is not None and self.generator.device.type == "cpu")
+                if on_cpu and not torch.equal(torch.Generator().set_state(state[name]).get_state(), state[name]):
+                    raise ValueError(f"{name} does not come back as it was")
+            if not all(((words >= 0) & (words < 2**32)).all() for words in (numpy["keys"], python["words"])):
+                raise ValueError("a word has more than 32 bits")
+            np.random.RandomState().set_state(numpy_state)
+            random.Random().setstate(python_state)
+        except (ValueError, TypeError, OverflowError, RuntimeError) as error:
+            raise UserError(f"the state of a random generator is not one: {shortened(error)}") from None
+        torch.set_rng_state(state["torch"])
+        np.random.set_state(numpy_state)
+        random.setstate(python_state)
         if self.device.type == "cuda":
             torch.cuda.set_rng_state(state["cuda"], self.device)
         if self.generator is not None:

@@ -27,7 +27,8 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from fvtitan.components import faults
 from fvtitan.components.rng import fold
-from fvtitan.errors import UserError
+from fvtitan.components.stateful import check_saved
+from fvtitan.errors import UserError, shortened
 
 logger = logging.getLogger(__name__)
 
@@ -359,11 +360,27 @@ class BatchStream:
             "seed": self.sampler.seed,
         }
 
+    def load_template(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        """No tensors to read. Raises `UserError` when data, seed or global batch are not the saved ones."""
+        check_saved(self.state_dict(), state, "dataloader")
+        self._changes(state)
+        if state["samples_consumed"] < 0 or state["samples_consumed"] % max(state["global_batch_size"], 1):
+            raise UserError(f"dataloader.samples_consumed = {state['samples_consumed']}: not a number of whole batches")
+        return {}
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue after `samples_consumed`. Raises `UserError` when data, seed or global batch are not the saved ones.
+        """Continue after `samples_consumed`. Raises as `load_template`.
 
         With a changed global batch (allowed by name) the position is rounded down to a multiple of the new one.
         """
+        for change in self._changes(state):
+            logger.warning("%s (allowed)", change)
+        self.close()
+        self._first_batch = state["samples_consumed"] // self.sampler.global_batch_size
+
+    def _changes(self, state: Mapping[str, Any]) -> list[str]:
+        """What is not as in the saved state, and may be so."""
+        changes = []
         here = {
             "data.path": ("fingerprint", self.dataset.fingerprint),
             "training.seed": ("seed", self.sampler.seed),
@@ -372,15 +389,15 @@ class BatchStream:
         for key, (name, value) in here.items():
             if state[name] == value:
                 continue
-            difference = f"{key}: the checkpoint was made with {name} {state[name]}, this run has {value}"
+            saved = shortened(state[name], 5000)  # a fingerprint names a contract
+            difference = f"{key}: the checkpoint was made with {name} {saved}, this run has {value}"
             if key not in self.allow_changed:
                 raise UserError(
                     f"{difference}; use the same, or add '{key}' to checkpoint.allow_changed (the data order will "
                     "then not continue where it stopped)"
                 )
-            logger.warning("%s (allowed)", difference)
-        self.close()
-        self._first_batch = state["samples_consumed"] // self.sampler.global_batch_size
+            changes.append(difference)
+        return changes
 
     def close(self) -> None:
         """Stop the workers; the next batch starts fresh ones at the same position."""

@@ -14,19 +14,18 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from fvtitan.components.files import inside, write_atomic
-from fvtitan.data.latent_cache import LatentCache, ShardFiles
-from fvtitan.errors import UserError
+from fvtitan.data.latent_cache import LatentCache, ShardFiles, shard_bytes
+from fvtitan.errors import UserError, shortened
 
 FORMAT_VERSION = 1
 SHARD_BYTES, SHARD_SAMPLES = 2**30, 64
@@ -40,7 +39,7 @@ class TrajectoryFolder:
     that differs; `ignore` are fields that nobody here can know.
     """
 
-    def __init__(self, path: str | Path, contract: Mapping[str, Any], *, ignore: Iterable[str] = ()):
+    def __init__(self, path: str | Path, contract: Mapping[str, Any], *, ignore: Collection[str] = ()):
         self.path = Path(path)
         self.contract = json.loads(json.dumps(dict(contract)))
         recorded = _read_json(self.path / "contract.json")
@@ -54,9 +53,10 @@ class TrajectoryFolder:
                 if recorded.get(key) != self.contract.get(key):
                     raise UserError(
                         f"method.teacher_path_cache = {str(path)!r} was made under another contract: {key} is "
-                        f"{recorded.get(key)!r} there and {self.contract.get(key)!r} in this run; use another folder"
+                        f"{shortened(repr(recorded.get(key)))} there and {self.contract.get(key)!r} in this run; use another "
+                        "folder"
                     )
-            self.contract = recorded
+            self.contract |= {key: recorded[key] for key in ignore if key in recorded}
         states, shape = len(self.contract["timesteps"]), self.contract["shape"]
         item = torch.empty(0, dtype=self.dtype).element_size()
         sample_bytes = (states + 1) * torch.Size(shape).numel() * item
@@ -81,10 +81,9 @@ class TrajectoryFolder:
 
     def write_sample(self, index: int, states: Tensor, x0: Tensor) -> None:
         """states `[K, T, C, H, W]`, x0 `[T, C, H, W]`."""
-        tensors = {"states": states, "x0": x0}
-        write_atomic(
-            self.sample_path(index), save({key: t.to(self.dtype).cpu().contiguous() for key, t in tensors.items()})
-        )
+        path, tensors = self.sample_path(index), {"states": states, "x0": x0}
+        tensors = {key: tensor.to(self.dtype).cpu().contiguous() for key, tensor in tensors.items()}
+        write_atomic(path, shard_bytes(path.name, tensors))
 
     def _has_sample(self, index: int) -> bool:
         """Whether a sample's own file is whole: safetensors compares its size with its header."""
@@ -115,20 +114,26 @@ class TrajectoryFolder:
         try:
             with safe_open(self.path / name, framework="pt") as stored:
                 return {int(key.split(".")[0]) for key in stored.keys() if key.endswith(".states")}
-        except (SafetensorError, OSError):
+        except (SafetensorError, OSError, ValueError):
             return set()
 
     def pack(self, name: str, indices: range) -> None:
-        """Gather samples into a shard; what an earlier, shorter one holds is kept."""
+        """Gather samples into a shard; what an earlier, shorter one holds is kept. Raises `UserError` for a sample that is
+        not what was written."""
         packed = self._packed(name)
         if packed >= set(indices):
             return
         tensors: dict[str, Tensor] = {}
         for index in indices:
             source, prefix = (self.path / name, f"{index:06d}.") if index in packed else (self.sample_path(index), "")
-            with safe_open(source, framework="pt") as stored:
-                tensors |= {f"{index:06d}.{key}": stored.get_tensor(f"{prefix}{key}") for key in ("states", "x0")}
-        write_atomic(self.path / name, save(tensors))
+            files = ShardFiles(source.parent)
+            try:
+                tensors |= {f"{index:06d}.{key}": files.read(source.name, f"{prefix}{key}") for key in ("states", "x0")}
+            except (SafetensorError, OSError) as error:
+                raise UserError(
+                    f"{source}: sample {index}: {shortened(error)}: remove the file to make it again"
+                ) from None
+        write_atomic(self.path / name, shard_bytes(name, tensors))
 
     def commit(self, num_samples: int) -> None:
         """All shards are there: say so, and remove the samples' own files."""
@@ -153,24 +158,33 @@ def num_complete(path: Path, num_samples: int) -> int:
     manifest = _read_json(path / "manifest.json")
     if manifest is None:
         return 0
-    if manifest.get("format_version") != FORMAT_VERSION:
-        raise UserError(f"{path}: format {manifest.get('format_version')!r}, this version reads {FORMAT_VERSION}")
-    shards, stored = manifest.get("shards"), manifest.get("num_samples")
-    if not isinstance(shards, dict) or type(stored) is not int or not all(inside(path, name) for name in shards):
-        raise UserError(f"{path / 'manifest.json'} is damaged, or its shards leave the folder: remove the folder")
+    version, shards, total = (manifest.get(key) for key in ("format_version", "shards", "num_samples"))
+    if version != FORMAT_VERSION:
+        raise UserError(f"{path}: format {shortened(repr(version))}, this version reads {FORMAT_VERSION}")
+    named = isinstance(shards, dict) and all(inside(path, name) for name in shards)
+    if not named or type(total) is not int or total < 0:
+        raise UserError(
+            f"{path / 'manifest.json'} is damaged (shards or num_samples): remove it to have the cache checked"
+        )
     for name, size in shards.items():
-        if not (path / name).is_file() or (path / name).stat().st_size != size:
+        try:
+            if (path / name).stat().st_size != size:
+                return 0
+        except (OSError, ValueError):
             return 0
-    return min(num_samples, stored)
+    return min(num_samples, total)
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is damaged ({error}): remove the folder to make the cache again") from None
+    except (OSError, ValueError, RecursionError) as error:
+        content = error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is damaged ({shortened(content)}): remove the folder to make the cache again")
+    return content
 
 
 class TrajectoryCache(Dataset):
@@ -220,10 +234,15 @@ class TrajectoryCache(Dataset):
         prompt = self.prompts[index % len(self.prompts)]
         name = f"shard-{index // self.folder.shard_samples:05d}.safetensors"
         try:
-            stored = self._files.open(name)
-            states, x0 = (stored.get_tensor(f"{index:06d}.{key}") for key in ("states", "x0"))
+            states, x0 = (self._files.read(name, f"{index:06d}.{key}") for key in ("states", "x0"))
         except (SafetensorError, OSError) as error:
-            raise UserError(f"{self.folder.path / name}: sample {index}: {error}") from None
+            raise UserError(f"{self.folder.path / name}: sample {index}: {shortened(error)}") from None
+        shape, stored = self.folder.contract["shape"], len(self.folder.contract["timesteps"])
+        if [*x0.shape] != shape or [*states.shape] != [stored, *shape]:
+            raise UserError(
+                f"{self.folder.path / name}: sample {index} is {[*states.shape]} and {[*x0.shape]}, the contract says "
+                f"{[stored, *shape]} and {shape}"
+            )
         if not (states.isfinite().all() and x0.isfinite().all()):
             raise UserError(f"{self.folder.path / name}: sample {index} holds NaN or Inf")
         return {**prompt, "sample_id": self.sample_id(index), "states": states[self.rows], "latents": x0}

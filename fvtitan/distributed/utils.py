@@ -29,8 +29,8 @@ class CommConfig:
 
     timeout_seconds: int = 1800
     """A collective that waits longer, or a rank that gets no further in a micro-batch for longer, ends the job: all write their
-    stacks, `status.json` says who did not arrive. A loader's worker may take half of it for a batch. Must outlast compilation, a
-    validation and a checkpoint."""
+    stacks, `status.json` says who did not arrive. A loader's worker may take half of it for a batch. It must outlast a
+    compilation, a validation and a checkpoint."""
     stop_grace_seconds: int = 25
     """SIGTERM, SIGINT or SIGUSR1: all ranks stop within a step, save, and exit with status 75. A process that is still there
     after this many seconds ends at once, without saving. torchrun kills after 30, or its --shutdown-timeout."""

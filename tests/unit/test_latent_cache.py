@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import subprocess
@@ -43,7 +44,9 @@ def rewrite(cache: Path, samples: list[dict] | None = None, tensors: dict[str, t
     (cache / "samples.jsonl").write_text("".join(json.dumps(s) + "\n" for s in samples))
     contract = json.loads((cache / "manifest.json").read_text())["contract"]
     size = {SHARD: (cache / SHARD).stat().st_size}
-    edit_manifest(cache, fingerprint=fingerprint(contract, samples), num_samples=len(samples), shards=size)
+    written = hashlib.sha256((cache / "samples.jsonl").read_bytes()).hexdigest()
+    edit_manifest(cache, fingerprint=fingerprint(contract, samples), samples_sha256=written)
+    edit_manifest(cache, num_samples=len(samples), shards=size)
 
 
 @pytest.fixture
@@ -140,6 +143,7 @@ def test_only_a_newline_ends_a_line(copy):
     rewrite(copy, samples, tensors)
     lines = "".join(json.dumps(s, ensure_ascii=False) + "\n" for s in samples)
     (copy / "samples.jsonl").write_text(lines, encoding="utf-8")
+    edit_manifest(copy, samples_sha256=hashlib.sha256(lines.encode()).hexdigest())
     assert LatentCache(copy)[0]["caption"] == caption
 
 
@@ -220,7 +224,7 @@ def shard_outside(cache: Path) -> None:
         (lambda c: (c / "samples.jsonl").write_text(""), "has no samples"),
         (drop_last_sample, "has 11 samples, the manifest says 12"),
         (other_caption, "is not the list the manifest was written for"),
-        (lose_field, "a line lacks 'source_sha256'"),
+        (lose_field, "line 3 lacks 'source_sha256'"),
         (lambda c: (c / "prompts.safetensors").unlink(), "prompts.safetensors is damaged"),
         (lambda c: (c / "prompts.safetensors").write_bytes(b"x"), "prompts.safetensors is damaged"),
         (shutil.rmtree, "does not exist"),
