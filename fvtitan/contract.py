@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any, Literal
 from fvtitan.errors import UserError
 from fvtitan.flow_matching import NUM_TIMESTEPS
 from fvtitan.models.blocks import CausalConfig
+from fvtitan.models.pipeline import CONTRACT_NAME
 from fvtitan.samplers import SamplerSpec
 
 if TYPE_CHECKING:
     from fvtitan.config import JobConfig
 
-CONTRACT_NAME = "fvtitan.json"
 FORMAT_VERSION = 1
 DERIVED = ("timesteps", "raw_timesteps")  # written for readers other than us; sigmas and shift say the same
 

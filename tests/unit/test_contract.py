@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from fvtitan.config import read_toml
-from fvtitan.contract import CONTRACT_NAME, SamplerContract, contract_of, read_contract
+from fvtitan.contract import SamplerContract, contract_of, read_contract
 from fvtitan.errors import UserError
 from fvtitan.flow_matching import shift_sigma
 from fvtitan.methods import METHODS
-from fvtitan.models.pipeline import pipeline_text_len
+from fvtitan.models.pipeline import CONTRACT_NAME, pipeline_text_len
 from tests.helpers import ROOT
 
 RECIPES = sorted((ROOT / "train_configs").glob("*.toml"))
