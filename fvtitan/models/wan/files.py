@@ -12,10 +12,12 @@ so that no more than what is asked for is ever in memory.
 from __future__ import annotations
 
 import json
+import math
+import os
 import pickle
 import re
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -24,6 +26,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from fvtitan.components import faults
 from fvtitan.errors import UserError
 from fvtitan.models.pipeline import CONTRACT_NAME, pipeline_folder, pipeline_text_len
 from fvtitan.models.wan.adapter import (
@@ -132,7 +135,7 @@ def open_weights(init_from: str, weights: Literal["auto", "ema", "raw"] = "auto"
         sizes, config = _flavor(dialect, found, where), None
     else:
         sizes = read_config(config, init_from)
-    shapes = _shapes(sizes)
+    shapes = parameter_shapes(sizes)
     names = diffusers_names(shapes) if dialect == "diffusers" else {name: name for name in shapes}
     check_complete(names, found, where)
     problems = []
@@ -280,6 +283,46 @@ def _flavor(dialect: str, found: Mapping[str, _Stored], where: str) -> WanConfig
     )
 
 
-def _shapes(sizes: WanConfig) -> dict[str, torch.Size]:
+def parameter_shapes(sizes: WanConfig) -> dict[str, torch.Size]:
+    """Of all parameters of a network, in its order."""
     with torch.device("meta"):
         return {name: parameter.shape for name, parameter in WanTransformer(sizes).named_parameters()}
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A tensor to be written."""
+
+    name: str
+    """Under which it is written."""
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def write_safetensors(
+    path: Path, specs: Sequence[TensorSpec], tensors: Iterable[Tensor], metadata: dict[str, str]
+) -> None:
+    """Write tensors one after another, as they come, so that the file is never in memory as a whole; and sync it.
+
+    `tensors` are those of `specs`, in their order: wider dtypes first, or they would not be aligned (8 bytes of the header's
+    length, the header, the data; https://github.com/huggingface/safetensors).
+    """
+    header: dict[str, Any] = {"__metadata__": metadata}
+    names, end = {dtype: name for name, dtype in DTYPES.items()}, 0
+    for spec in specs:
+        start, end = end, end + spec.bytes
+        header[spec.name] = {"dtype": names[spec.dtype], "shape": list(spec.shape), "data_offsets": [start, end]}
+    content = json.dumps(header).encode()
+    content += b" " * (-len(content) % 8)
+    with path.open("wb") as file:
+        file.write(len(content).to_bytes(8, "little") + content)
+        for number, (spec, tensor) in enumerate(zip(specs, tensors, strict=True)):
+            faults.reach("export.weights", number)
+            assert (tuple(tensor.shape), tensor.dtype) == (spec.shape, spec.dtype), spec.name
+            file.write(memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy()))
+        file.flush()
+        os.fsync(file.fileno())
