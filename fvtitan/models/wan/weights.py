@@ -80,7 +80,8 @@ class RoleWeights:
         """Full tensors; of an adapter on its base in float32."""
         if self.adapter is None:
             return read_tensors(self.folder, self.state, names, verify=False)
-        whole = {name: tensor.float() for name, tensor in self.adapter.base.full(names).items()}
+        base = self.adapter.base.full(names)  # which may be a mapped file: it must not change
+        whole = {name: tensor.to(torch.float32, copy=True) for name, tensor in base.items()}
         layers = {name.removesuffix(".weight") for name in names}
         low = {name: t for name, t in self.adapter.tensors.items() if name.rpartition(".")[0] in layers}
         merge_adapter(whole, low, self.adapter.scale)
