@@ -296,8 +296,10 @@ def initialise(transformer: WanTransformer, seed: int, role: str) -> None:
 def check_parameters(module: nn.Module, role: str, *, loaded: bool) -> None:
     """No parameter, those of adapters aside, may hold NaN or Inf, and no loaded matrix may be all zero, on any rank."""
     parameters = base_parameters(module)
+    # Smallest and largest value pass NaN and Inf on, in one reading; isfinite() would copy the shard several times over.
     shards = [local_tensor(parameter.detach()) for parameter in parameters.values()]
-    flags = torch.stack([torch.stack([~shard.isfinite().all(), shard.any()]) for shard in shards]).float()
+    ends = [torch.stack(shard.aminmax() if shard.numel() else (shard.new_zeros(()),) * 2).float() for shard in shards]
+    flags = torch.stack([torch.stack([~end.isfinite().all(), end.any()]) for end in ends]).float()
     dist.all_reduce(flags, op=dist.ReduceOp.MAX)
     bad = []
     for (name, parameter), (not_finite, nonzero) in zip(parameters.items(), flags.tolist(), strict=True):
