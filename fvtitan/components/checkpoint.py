@@ -734,22 +734,32 @@ def read_tensor_names(path: str | Path, prefix: str) -> list[str]:
     return [key.removeprefix(f"{prefix}.") for key in saved if key.startswith(f"{prefix}.")]
 
 
-def read_tensors(path: str | Path, prefix: str) -> dict[str, Tensor]:
-    """The tensors of one state (`roles.student.transformer`, `ema.student`), full, by the names below `prefix`; {} when the
-    checkpoint holds no such state. For one process that needs no run: scoring, building, exporting.
-
-    Raises `UserError` when there is no checkpoint, `DamagedCheckpoint` when a file is not what was written.
-    """
+def verify_files(path: str | Path) -> None:
+    """Compare every file of a checkpoint with its manifest. Raises `UserError` when there is none, `DamagedCheckpoint` when a
+    file is not what was written."""
     path = Path(path)
-    files = _read_manifest(path)
-    for name, (size, digest) in files.items():
+    for name, (size, digest) in _read_manifest(path).items():
         if not (path / name).is_file() or (path / name).stat().st_size != size or _sha256(path / name) != digest:
             raise DamagedCheckpoint(f"damaged checkpoint {path}: {name} is missing or has changed since it was written")
+
+
+def read_tensors(
+    path: str | Path, prefix: str, names: Collection[str] | None = None, *, verify: bool = True
+) -> dict[str, Tensor]:
+    """The tensors of one state (`roles.student.transformer`, `ema.student`), full, by the names below `prefix`, or those of
+    `names`; {} when the checkpoint holds no such state. For one process that needs no run: scoring, building, exporting.
+
+    Raises as `verify_files`, which it calls first unless the caller has done so (`verify` = False).
+    """
+    path = Path(path)
+    if verify:
+        verify_files(path)
+    files = _read_manifest(path)
     saved, _ = _read_index(path, files)
     wanted = {
         key: torch.empty(entry.size, dtype=entry.properties.dtype)
         for key, entry in saved.items()
-        if key.startswith(f"{prefix}.")
+        if key.startswith(f"{prefix}.") and (names is None or key.removeprefix(f"{prefix}.") in names)
     }
     if wanted:
         with _dcp_errors(f"cannot read {path}", path), _quiet():

@@ -35,6 +35,9 @@ POINTS = {
     "save.before_purge": ACTS,  # the new checkpoint is there, the old ones are too
     "validation": ACTS,  # at its start
     "loader": ACTS,  # a sample is read, in the loader's process; its step is the sample's index
+    "export.weights": ACTS,  # a tensor is written; its step is the tensor's number in its file
+    "export.before_rename": ACTS,
+    "export.between_renames": ACTS,  # the old export is out of the way, the new one has no name yet
     "loss": tuple(VALUES),  # of a micro-batch
     "collective": ("skip",),  # the reduction of logged values
     "gradient": tuple(VALUES),  # of one parameter (this rank's shard), after the backward of a phase

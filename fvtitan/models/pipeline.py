@@ -10,6 +10,8 @@ from fvtitan.errors import UserError
 
 TINY_WAN = "tiny-wan"
 DEFAULT_TEXT_LEN = 512
+CONTRACT_NAME = "fvtitan.json"
+"""What the layout of diffusers has no place for: the text length, and how the network must be sampled (fvtitan.contract)."""
 
 
 def pipeline_folder(name: str, *components: str) -> Path:
@@ -30,22 +32,37 @@ def pipeline_folder(name: str, *components: str) -> Path:
         raise UserError(
             f"{name!r} is neither {TINY_WAN!r}, nor a folder, nor a hub id (owner/name or owner/name@revision)"
         )
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     suffixes = ("*.json", "*.safetensors", "*.model", "*.txt")
     patterns = ["*.json"] + [f"{component}/{suffix}" for component in components for suffix in suffixes]
+    if "transformer" in components:
+        patterns.append("diffusion_pytorch_model*.safetensors")  # in the original layout it has no folder
     try:
         return Path(snapshot_download(hub[1], revision=hub[2], allow_patterns=patterns))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        if constants.HF_HUB_OFFLINE:
+            raise UserError(
+                f"{name!r} is no folder here, and not in the hub's cache {constants.HF_HUB_CACHE}; HF_HUB_OFFLINE is set, so "
+                "it is not fetched: unset it, or name a folder"
+            ) from None
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"{name!r} is no folder here, and the hub did not give it: {reason}") from None
 
 
 def pipeline_text_len(folder: Path) -> int:
     """Text tokens the pipeline's network sees: `text_len` of `<folder>/fvtitan.json`, else Wan's 512."""
-    path = folder / "fvtitan.json"
-    return json.loads(path.read_text(encoding="utf-8"))["text_len"] if path.is_file() else DEFAULT_TEXT_LEN
+    path = folder / CONTRACT_NAME
+    if not path.is_file():
+        return DEFAULT_TEXT_LEN
+    try:
+        text_len = json.loads(path.read_text(encoding="utf-8"))["text_len"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"{path} is damaged: {error!r}") from None
+    if type(text_len) is not int or text_len < 1:
+        raise UserError(f"{path}: text_len = {text_len!r}: need a whole number >= 1")
+    return text_len
 
 
 def pipeline_shift(folder: Path) -> float:

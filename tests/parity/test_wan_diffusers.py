@@ -18,6 +18,7 @@ from fvtitan.models.wan.adapter import (
     to_diffusers_tensor,
 )
 from fvtitan.models.wan.attention import apply_rope, rope_table
+from fvtitan.models.wan.files import WEIGHTS_NAME, open_weights
 from fvtitan.models.wan.transformer import FLAVORS, WanConfig, WanTransformer, init_parameter
 
 SMALL = WanConfig(num_layers=2, num_heads=4, head_dim=32, ffn_dim=192, text_dim=48, text_len=20, freq_dim=64)
@@ -106,9 +107,9 @@ def test_loads_a_diffusers_folder(tmp_path, shards, single_process_group):
     model.save_pretrained(tmp_path / "transformer", max_shard_size=size // shards + 4096)
     assert len(list((tmp_path / "transformer").glob("*.safetensors"))) >= shards
     (tmp_path / "fvtitan.json").write_text('{"text_len": 20}')
-    assert weights.pretrained_config(str(tmp_path)) == SMALL
+    assert open_weights(str(tmp_path)).sizes == SMALL
     ours = WanTransformer(SMALL)
-    weights.load_pretrained(ours, str(tmp_path))
+    weights.load_files(ours, open_weights(str(tmp_path)))
     weights.check_parameters(ours, "student", loaded=True)
     for name, theirs in diffusers_names(n for n, _ in ours.named_parameters()).items():
         expected = model.state_dict()[theirs]
@@ -118,7 +119,7 @@ def test_loads_a_diffusers_folder(tmp_path, shards, single_process_group):
 def test_wrong_weights_are_refused_by_name(tmp_path, single_process_group):
     model = reference(SMALL)
     model.save_pretrained(tmp_path)
-    path = tmp_path / weights.WEIGHTS_NAME
+    path = tmp_path / WEIGHTS_NAME
     with safe_open(path, "pt") as file:
         state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     from safetensors.torch import save_file
@@ -126,20 +127,20 @@ def test_wrong_weights_are_refused_by_name(tmp_path, single_process_group):
     ours = WanTransformer(SMALL)
     save_file({n: t for n, t in state.items() if n != "proj_out.bias"} | {"extra": torch.zeros(1)}, path)
     with pytest.raises(UserError, match=r"missing 1 \(proj_out.bias\); left over 1 \(extra\)"):
-        weights.load_pretrained(ours, str(tmp_path))
+        weights.load_files(ours, open_weights(str(tmp_path)))
     save_file(state | {"proj_out.bias": torch.zeros(3)}, path)
     with pytest.raises(UserError, match="proj_out.bias has shape"):
-        weights.load_pretrained(ours, str(tmp_path))
+        weights.load_files(ours, open_weights(str(tmp_path)))
     save_file(state | {"proj_out.weight": torch.zeros_like(state["proj_out.weight"])}, path)
-    weights.load_pretrained(ours, str(tmp_path))
+    weights.load_files(ours, open_weights(str(tmp_path)))
     with pytest.raises(UserError, match=r"head.head.weight \(all zero\)"):
         weights.check_parameters(ours, "student", loaded=True)
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(UserError, match="damaged safetensors"):
-        weights.load_pretrained(ours, str(tmp_path))
+        weights.load_files(ours, open_weights(str(tmp_path)))
     path.unlink()
     with pytest.raises(UserError, match="no weights in"):
-        weights.load_pretrained(ours, str(tmp_path))
+        weights.load_files(ours, open_weights(str(tmp_path)))
 
 
 @pytest.mark.parametrize(("flavor", "count"), [("1.3B", 1_418_996_800), ("14B", 14_288_491_584)])

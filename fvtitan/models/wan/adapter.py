@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from dataclasses import fields
 from typing import Any
 
 from torch import Size, Tensor
@@ -49,6 +50,12 @@ def diffusers_names(names: Iterable[str]) -> dict[str, str]:
     return mapping
 
 
+def listed(names: Iterable[str], separator: str = ", ") -> str:
+    """The first 20, and how many more there are."""
+    names = list(names)
+    return separator.join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
+
+
 def check_complete(ours: dict[str, str], available: Iterable[str], where: str) -> None:
     """Raise a `UserError` unless the file's names are exactly those that the model needs."""
     available = set(available)
@@ -56,7 +63,7 @@ def check_complete(ours: dict[str, str], available: Iterable[str], where: str) -
     if missing or left_over:
 
         def show(names: list[str]) -> str:
-            return f"{len(names)} ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''})" if names else "none"
+            return f"{len(names)} ({listed(names)})" if names else "none"
 
         raise UserError(f"{where} does not fit the model: missing {show(missing)}; left over {show(left_over)}")
 
@@ -111,7 +118,7 @@ def config_from_diffusers(config: dict[str, Any], text_len: int, where: str) -> 
         if config.get(key, allowed) != allowed:
             raise UserError(f"{where}: {key} = {config[key]!r} is not supported (text-to-video has {allowed!r})")
     try:
-        return WanConfig(
+        sizes = WanConfig(
             num_layers=config["num_layers"],
             num_heads=config["num_attention_heads"],
             head_dim=config["attention_head_dim"],
@@ -125,8 +132,81 @@ def config_from_diffusers(config: dict[str, Any], text_len: int, where: str) -> 
             cross_attn_norm=config["cross_attn_norm"],
             eps=config["eps"],
         )
-    except KeyError as error:
-        raise UserError(f"{where}: the key {error} is missing") from None
+    except (KeyError, TypeError) as error:
+        raise _bad_config(where, error) from None
+    _check_sizes(sizes, where)
+    return sizes
+
+
+def config_to_original(cfg: WanConfig) -> dict[str, Any]:
+    """The `config.json` of the original WanModel."""
+    return {
+        "_class_name": "WanModel",
+        "model_type": "t2v",
+        "patch_size": list(cfg.patch_size),
+        "text_len": cfg.text_len,
+        "in_dim": cfg.in_channels,
+        "dim": cfg.dim,
+        "ffn_dim": cfg.ffn_dim,
+        "freq_dim": cfg.freq_dim,
+        "text_dim": cfg.text_dim,
+        "out_dim": cfg.out_channels,
+        "num_heads": cfg.num_heads,
+        "num_layers": cfg.num_layers,
+        "window_size": [-1, -1],
+        "qk_norm": True,
+        "cross_attn_norm": cfg.cross_attn_norm,
+        "eps": cfg.eps,
+    }
+
+
+def config_from_original(config: dict[str, Any], where: str) -> WanConfig:
+    """Our config from that of the original WanModel, whose defaults may be left out. Raises for what this network cannot do."""
+    for key, allowed in (("model_type", "t2v"), ("window_size", [-1, -1]), ("qk_norm", True)):
+        if config.get(key, allowed) != allowed:
+            raise UserError(f"{where}: {key} = {config[key]!r} is not supported (text-to-video has {allowed!r})")
+    try:
+        heads = config["num_heads"]
+        head_dim, rest = divmod(config["dim"], heads)
+        if rest:
+            raise UserError(f"{where}: dim = {config['dim']} does not divide into num_heads = {heads}")
+        sizes = WanConfig(
+            num_layers=config["num_layers"],
+            num_heads=heads,
+            head_dim=head_dim,
+            ffn_dim=config["ffn_dim"],
+            text_dim=config.get("text_dim", 4096),
+            text_len=config.get("text_len", 512),
+            freq_dim=config.get("freq_dim", 256),
+            in_channels=config.get("in_dim", 16),
+            out_channels=config.get("out_dim", 16),
+            patch_size=tuple(config.get("patch_size", (1, 2, 2))),
+            cross_attn_norm=config.get("cross_attn_norm", True),
+            eps=config.get("eps", 1e-6),
+        )
+    except (KeyError, TypeError, ZeroDivisionError) as error:
+        raise _bad_config(where, error) from None
+    _check_sizes(sizes, where)
+    return sizes
+
+
+def _bad_config(where: str, error: Exception) -> UserError:
+    return UserError(f"{where}: the key {error} is missing" if isinstance(error, KeyError) else f"{where}: {error}")
+
+
+def _check_sizes(sizes: WanConfig, where: str) -> None:
+    """What is no network at all, from a damaged file."""
+    patch, numbers = sizes.patch_size, [f.name for f in fields(sizes) if f.type == "int"]
+    for name in numbers:
+        value, most = getattr(sizes, name), 1000 if name == "num_layers" else 2**20
+        if type(value) is not int or not 1 <= value <= most:
+            raise UserError(f"{where}: {name} = {value!r}: need a whole number from 1 to {most}")
+    if len(patch) != 3 or not all(type(size) is int and size >= 1 for size in patch):
+        raise UserError(f"{where}: patch_size = {list(patch)}: need three whole numbers, (frames, height, width)")
+    if type(sizes.cross_attn_norm) is not bool or type(sizes.eps) is not float or not sizes.eps > 0:
+        raise UserError(
+            f"{where}: cross_attn_norm = {sizes.cross_attn_norm!r}, eps = {sizes.eps!r}: need true or false, and a number > 0"
+        )
 
 
 def flavor_config(flavor: str, key: str) -> WanConfig:

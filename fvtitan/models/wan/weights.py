@@ -1,126 +1,50 @@
-"""Weights of a Wan transformer: read from safetensors into local shards, drawn at random, or written for diffusers."""
+"""The weights of a role: read from files or a run's checkpoint into local shards, or drawn at random."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from fvtitan.components.checkpoint import Checkpointer, read_tensor_names, read_tensors
-from fvtitan.components.files import open_safetensors, write_atomic
-from fvtitan.components.lora import base_parameters, merge_adapter
+from fvtitan.components.checkpoint import Checkpointer, read_tensor_names, read_tensors, verify_files
+from fvtitan.components.files import write_atomic
+from fvtitan.components.lora import LoRAConfig, base_parameters, merge_adapter
 from fvtitan.components.rng import generator
 from fvtitan.distributed.utils import local_rows, local_tensor, reshard
 from fvtitan.errors import UserError
-from fvtitan.models.pipeline import pipeline_folder, pipeline_text_len
-from fvtitan.models.wan.adapter import (
-    check_complete,
-    config_from_diffusers,
-    config_to_diffusers,
-    diffusers_names,
-    diffusers_shape,
-    flavor_config,
-    to_diffusers_tensor,
-)
+from fvtitan.models.wan.adapter import config_to_diffusers, diffusers_names, flavor_config, to_diffusers_tensor
+from fvtitan.models.wan.files import WEIGHTS_NAME, WeightFiles, holds_average, open_weights
 from fvtitan.models.wan.transformer import WanConfig, WanTransformer, init_parameter
 
 if TYPE_CHECKING:
     from fvtitan.config import JobConfig, RoleConfig
 
-WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
-# 8-bit floats are not values without their scales, which are kept elsewhere.
-WEIGHT_DTYPES = ("BF16", "F16", "F32", "F64")
-
-
-def transformer_folder(init_from: str) -> Path:
-    """The folder with the transformer's config and weights: `<pipeline>/transformer`, or the folder itself."""
-    folder = pipeline_folder(init_from, "transformer")
-    return folder / "transformer" if (folder / "transformer").is_dir() else folder
-
-
-def pretrained_config(init_from: str) -> WanConfig:
-    """The sizes recorded in a diffusers folder or hub repository."""
-    path = transformer_folder(init_from) / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"init_from = {init_from!r}: cannot read {path}: {error}") from None
-    return config_from_diffusers(config, pipeline_text_len(pipeline_folder(init_from, "transformer")), str(path))
-
-
-def weight_files(folder: Path) -> dict[str, Path]:
-    """`{tensor name: file}` of a diffusers folder, single or sharded. Raises `UserError` naming what is missing."""
-    index = folder / f"{WEIGHTS_NAME}.index.json"
-    if index.is_file():
-        try:
-            weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        except (ValueError, KeyError) as error:
-            raise UserError(f"{index}: damaged index: {error!r}") from None
-        files = {name: folder / file for name, file in weight_map.items()}
-        for path in set(files.values()):
-            if path.parent != folder or not path.is_file():
-                raise UserError(f"{index} names {path.name}, which is not in {folder}")
-        return files
-    single = folder / WEIGHTS_NAME
-    if not single.is_file():
-        raise UserError(f"no weights in {folder}: expected {WEIGHTS_NAME} or {index.name}")
-    return dict.fromkeys(_open(single).keys(), single)
-
-
-def _open(path: Path) -> Any:
-    try:
-        return open_safetensors(path)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: damaged safetensors file: {error}") from None
-
-
-def _stored(path: Path, handle: Any, source: str, expected: tuple[int, ...]) -> Any:
-    """A tensor's slice that nothing has been read of. Raises `UserError` unless it has the model's shape and is of floats."""
-    try:
-        stored = handle.get_slice(source)
-    except SafetensorError as error:
-        raise UserError(f"{path}: {error}") from None
-    if tuple(stored.get_shape()) != expected:
-        raise UserError(f"{path}: {source} has shape {stored.get_shape()}, the model needs {list(expected)}")
-    if stored.get_dtype() not in WEIGHT_DTYPES:
-        raise UserError(f"{path}: {source} is {stored.get_dtype()}, need one of {', '.join(WEIGHT_DTYPES)}")
-    return stored
-
 
 @torch.no_grad()
-def load_pretrained(transformer: WanTransformer, init_from: str) -> None:
-    """Read a diffusers transformer into the (sharded) parameters, those of adapters aside; every rank reads only the rows that
-    it holds."""
-    folder = transformer_folder(init_from)
-    files = weight_files(folder)
-    parameters = base_parameters(transformer)
-    names = diffusers_names(parameters)
-    check_complete(names, files, str(folder))
+def load_files(transformer: WanTransformer, files: WeightFiles) -> None:
+    """Read files into the (sharded) parameters, those of adapters aside; every rank reads only the rows that it holds."""
     reshard(transformer)
-    handles = {path: _open(path) for path in set(files.values())}
-    for name, parameter in parameters.items():
-        source, path = names[name], files[names[name]]
-        stored = _stored(path, handles[path], source, diffusers_shape(name, parameter.shape, transformer.cfg))
+    for name, parameter in base_parameters(transformer).items():
         rows, shard = local_rows(parameter), local_tensor(parameter)
         if rows.stop > rows.start:
-            shard.copy_(stored[rows].reshape(shard.shape))
+            shard.copy_(files.read(name, rows).reshape(shard.shape))
 
 
 def weights_hash(model: RoleConfig) -> str:
-    """The identity of what a role is loaded from: sha256 of a diffusers transformer's weight files and config, or of a
-    checkpoint's manifest (which holds the hashes of its files) and which of its weights. The ranks share the reading."""
+    """The identity of what a role is loaded from: sha256 of the weight files and their config, or of a checkpoint's manifest
+    (which holds the hashes of its files) and which of its weights. The ranks share the reading."""
     if is_checkpoint(model.init_from):
         manifest = (Path(model.init_from) / "manifest.json").read_bytes()
         return hashlib.sha256(manifest + checkpoint_state_name(model).encode()).hexdigest()
-    folder = transformer_folder(model.init_from)
-    paths = [folder / "config.json", *sorted(set(weight_files(folder).values()))]
+    files = open_weights(model.init_from, model.init_weights)
+    paths = [*([files.config] if files.config else []), *files.paths]
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     mine = {}
     for path in paths[rank::world]:
@@ -130,42 +54,85 @@ def weights_hash(model: RoleConfig) -> str:
     if world > 1:
         dist.all_gather_object(hashes, mine)
     everyone = sorted(item for part in hashes for item in part.items())
-    return hashlib.sha256(json.dumps(everyone).encode()).hexdigest()
+    return hashlib.sha256((json.dumps(everyone) + files.state).encode()).hexdigest()
 
 
 def read_pipeline(init_from: str) -> tuple[WanConfig, dict[str, Tensor]]:
-    """Sizes and full tensors, under our names, of a diffusers folder or hub repository."""
-    sizes = pretrained_config(init_from)
-    folder = transformer_folder(init_from)
-    files = weight_files(folder)
-    with torch.device("meta"):
-        shapes = {name: parameter.shape for name, parameter in WanTransformer(sizes).named_parameters()}
-    names = diffusers_names(shapes)
-    check_complete(names, files, str(folder))
-    handles = {path: _open(path) for path in set(files.values())}
-    tensors = {}
-    for ours, theirs in names.items():
-        path = files[theirs]
-        tensors[ours] = _stored(path, handles[path], theirs, diffusers_shape(ours, shapes[ours], sizes))[:]
-    return sizes, {name: tensor.reshape(shapes[name]) for name, tensor in tensors.items()}
+    """Sizes and full tensors, under our names, of a folder, hub repository or file."""
+    files = open_weights(init_from)
+    return files.sizes, files.full(files.names)
+
+
+@dataclass(frozen=True)
+class RoleWeights:
+    """A role in a run's checkpoint, whose tensors are read as they are needed. An adapter is merged with its base."""
+
+    folder: Path
+    sizes: WanConfig
+    state: str
+    """ema.<role> or roles.<role>.transformer."""
+    names: tuple[str, ...]
+    """All parameters of the network."""
+    adapter: Adapter | None = None
+    """What the role trains on its base; None: the checkpoint holds all its weights."""
+
+    def full(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """Full tensors; of an adapter on its base in float32."""
+        if self.adapter is None:
+            return read_tensors(self.folder, self.state, names, verify=False)
+        base = self.adapter.base.full(names)  # which may be a mapped file: it must not change
+        whole = {name: tensor.to(torch.float32, copy=True) for name, tensor in base.items()}
+        layers = {name.removesuffix(".weight") for name in names}
+        low = {name: t for name, t in self.adapter.tensors.items() if name.rpartition(".")[0] in layers}
+        merge_adapter(whole, low, self.adapter.scale)
+        return whole
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A role that is an adapter: its tensors `<layer>.lora_A`, `<layer>.lora_B`, its configuration, and what it lies on."""
+
+    tensors: Mapping[str, Tensor]
+    lora: LoRAConfig
+    base: WeightFiles | RoleWeights
+    base_from: str
+    """init_from of the base."""
+
+    @property
+    def scale(self) -> float:
+        return self.lora.scale
+
+
+def open_role(folder: str | Path, role: str, *, raw: bool) -> RoleWeights:
+    """A role of `.../checkpoint/step-<N>`: its moving average where there is one, or with `raw` its own weights.
+
+    Every byte of the checkpoint is verified. Raises `UserError`, `DamagedCheckpoint`.
+    """
+    folder = Path(folder)
+    sizes, own = checkpoint_sizes(folder, role), f"roles.{role}.transformer"
+    verify_files(folder)
+    averaged = not raw and bool(read_tensor_names(folder, f"ema.{role}"))
+    state = f"ema.{role}" if averaged else own
+    base = adapter_base(folder, role)
+    if base is None:
+        return RoleWeights(folder, sizes, state, tuple(read_tensor_names(folder, state)))
+    under = open_source(base.model)
+    adapter = Adapter(read_tensors(folder, state, verify=False), base.lora, under, base.model.init_from)
+    return RoleWeights(folder, sizes, state, under.names, adapter)
+
+
+def open_source(model: RoleConfig) -> WeightFiles | RoleWeights:
+    """What `model.init_from` names: files, or a role of a checkpoint."""
+    if not is_checkpoint(model.init_from):
+        return open_weights(model.init_from, model.init_weights)
+    return open_role(model.init_from, model.init_role, raw=checkpoint_state_name(model).startswith("roles."))
 
 
 def read_checkpoint(folder: str | Path, role: str, *, raw: bool = False) -> tuple[WanConfig, dict[str, Tensor]]:
     """Sizes and full tensors of a role in a run's checkpoint `.../checkpoint/step-<N>`: its moving average where there is
     one, unless `raw`. Of a role that is an adapter, merged with its base, in float32."""
-    sizes, base = checkpoint_sizes(folder, role), adapter_base(folder, role)
-    tensors = {} if raw else read_tensors(folder, f"ema.{role}")
-    tensors = tensors or read_tensors(folder, f"roles.{role}.transformer")
-    if base is None:
-        return sizes, tensors
-    if is_checkpoint(base.model.init_from):
-        raw = checkpoint_state_name(base.model).startswith("roles.")
-        _, whole = read_checkpoint(base.model.init_from, base.model.init_role, raw=raw)
-    else:
-        _, whole = read_pipeline(base.model.init_from)
-    whole = {name: tensor.float() for name, tensor in whole.items()}
-    merge_adapter(whole, tensors, base.scale)
-    return sizes, whole
+    weights = open_role(folder, role, raw=raw)
+    return weights.sizes, weights.full(weights.names)
 
 
 def is_checkpoint(init_from: str | Path) -> bool:
@@ -190,10 +157,10 @@ def checkpoint_sizes(folder: str | Path, role: str) -> WanConfig:
 
 @dataclass(frozen=True)
 class AdapterBase:
-    """What lies under an adapter: the role of its run whose weights these are, and the adapter's scale."""
+    """What lies under an adapter: the role of its run whose weights these are, and the adapter's own configuration."""
 
     model: RoleConfig
-    scale: float
+    lora: LoRAConfig
 
 
 def adapter_base(folder: str | Path, role: str) -> AdapterBase | None:
@@ -217,7 +184,7 @@ def adapter_base(folder: str | Path, role: str) -> AdapterBase | None:
     saved = json.loads((folder / "state.json").read_bytes())["states"][f"identity.{role}"]["sha256"]
     if identity != saved:
         raise UserError(f"{what}, whose weights have changed: trained on {saved[:12]}..., found {identity[:12]}...")
-    return AdapterBase(model, models[role].lora.scale)
+    return AdapterBase(model, models[role].lora)
 
 
 class _InPlace:
@@ -249,10 +216,24 @@ def checkpoint_state_name(model: RoleConfig) -> str:
 def load_weights(transformer: WanTransformer, model: RoleConfig, cfg: JobConfig, key: str) -> None:
     """Read what `model.init_from` names into the (sharded) parameters, those of adapters aside; `key` is its config key, for
     errors."""
+    from fvtitan.contract import read_contract
+
     if is_checkpoint(model.init_from):
         load_checkpoint(transformer, model, cfg, key)
-    else:
-        load_pretrained(transformer, model.init_from)
+        return
+    files = open_weights(model.init_from, model.init_weights)
+    contract = read_contract(files.folder)
+    if contract is not None:
+        _check_shift(contract.shift, model, cfg, key)
+    load_files(transformer, files)
+
+
+def _check_shift(theirs: float, model: RoleConfig, cfg: JobConfig, key: str) -> None:
+    if theirs != cfg.schedule.shift:
+        raise UserError(
+            f"{key} = {model.init_from!r} was trained with schedule.shift = {theirs:g}, this run has "
+            f"{cfg.schedule.shift:g}: use the same"
+        )
 
 
 def load_checkpoint(transformer: WanTransformer, model: RoleConfig, cfg: JobConfig, key: str) -> None:
@@ -263,16 +244,11 @@ def load_checkpoint(transformer: WanTransformer, model: RoleConfig, cfg: JobConf
     """
     from fvtitan.config import read_toml
 
-    theirs = read_toml(Path(model.init_from) / "config.toml").schedule.shift
-    if theirs != cfg.schedule.shift:
-        raise UserError(
-            f"{key} = {model.init_from!r} was trained with schedule.shift = {theirs:g}, this run has "
-            f"{cfg.schedule.shift:g}: use the same"
-        )
+    _check_shift(read_toml(Path(model.init_from) / "config.toml").schedule.shift, model, cfg, key)
     name, base = checkpoint_state_name(model), adapter_base(model.init_from, model.init_role)
     if base is not None:
         load_weights(transformer, base.model, cfg, f"{key} = {model.init_from!r}: the base under its adapter")
-        merge_adapter(base_parameters(transformer), read_tensors(model.init_from, name), base.scale)
+        merge_adapter(base_parameters(transformer), read_tensors(model.init_from, name), base.lora.scale)
         return
     checkpointer = Checkpointer(Path(cfg.job.dump_folder) / "checkpoint", timeout=cfg.comm.timeout)
     try:
@@ -285,14 +261,18 @@ def role_sizes(model: RoleConfig, role: str) -> WanConfig:
     """The network's sizes from the flavor, the pretrained folder or checkpoint, or both when they agree."""
     flavor, init_from = model.flavor, model.init_from
     for key in ("init_role", "init_weights"):
-        if getattr(model, key) != getattr(type(model), key) and not is_checkpoint(init_from):
+        several = is_checkpoint(init_from) or (key == "init_weights" and holds_average(init_from))
+        if getattr(model, key) != getattr(type(model), key) and not several:
             raise UserError(
                 f"models.{role}.{key} = {getattr(model, key)!r} has no effect: init_from = {init_from!r} is not the checkpoint "
                 "of a run (.../checkpoint/step-<N>)"
             )
     if not init_from:
         return flavor_config(flavor, f"models.{role}.flavor")
-    sizes = checkpoint_sizes(init_from, model.init_role) if is_checkpoint(init_from) else pretrained_config(init_from)
+    if is_checkpoint(init_from):
+        sizes = checkpoint_sizes(init_from, model.init_role)
+    else:
+        sizes = open_weights(init_from, model.init_weights).sizes  # checked whole, before anything is allocated
     if flavor and flavor_config(flavor, f"models.{role}.flavor") != sizes:
         raise UserError(
             f"models.{role}: flavor = {flavor!r} is {flavor_config(flavor, 'flavor')}, but init_from = {init_from!r} "
@@ -316,8 +296,10 @@ def initialise(transformer: WanTransformer, seed: int, role: str) -> None:
 def check_parameters(module: nn.Module, role: str, *, loaded: bool) -> None:
     """No parameter, those of adapters aside, may hold NaN or Inf, and no loaded matrix may be all zero, on any rank."""
     parameters = base_parameters(module)
+    # Smallest and largest value pass NaN and Inf on, in one reading; isfinite() would copy the shard several times over.
     shards = [local_tensor(parameter.detach()) for parameter in parameters.values()]
-    flags = torch.stack([torch.stack([~shard.isfinite().all(), shard.any()]) for shard in shards]).float()
+    ends = [torch.stack(shard.aminmax() if shard.numel() else (shard.new_zeros(()),) * 2).float() for shard in shards]
+    flags = torch.stack([torch.stack([~end.isfinite().all(), end.any()]) for end in ends]).float()
     dist.all_reduce(flags, op=dist.ReduceOp.MAX)
     bad = []
     for (name, parameter), (not_finite, nonzero) in zip(parameters.items(), flags.tolist(), strict=True):
