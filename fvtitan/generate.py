@@ -303,7 +303,7 @@ def notes(contract: SamplerContract, wanted: SamplerContract) -> list[str]:
         if theirs != ours:
             few = name != "raw_timesteps" or max(len(theirs), len(ours)) <= 8
             values = (theirs, ours) if few else (f"{len(theirs)} steps", f"{len(ours)} steps")
-            lines.append(f"{name.removeprefix('raw_')}: {values[1]!r} instead of the model's {values[0]!r}")
+            lines.append(f"{name.removeprefix('raw_')}: {values[1]!r} instead of {values[0]!r}")
     if not contract.method:
         return lines
     trained, asked = ((c.num_frames, c.height, c.width) for c in (contract, wanted))
