@@ -1,4 +1,4 @@
-"""Pictures of videos: animated GIFs for TensorBoard and contact sheets (one row a prompt, time to the right); their names."""
+"""Pictures of videos: animated GIFs for TensorBoard and contact sheets (one row a prompt, time to the right)."""
 
 from __future__ import annotations
 
@@ -17,9 +17,7 @@ from fvtitan.components.files import write_atomic
 _MARGIN = 6
 _TEXT = 14  # font size in pixels
 _LINE = 18
-_COLUMNS = 8
 _SMALLEST_CELL = 96  # tiny frames are enlarged to about this many pixels, by a whole factor
-_LARGEST_CELL = 320  # larger ones are reduced to this many
 
 
 def _frames_array(frames: Tensor | np.ndarray) -> np.ndarray:
@@ -38,13 +36,17 @@ def gif_bytes(frames: Tensor | np.ndarray, fps: float) -> bytes:
     return out.getvalue()
 
 
+_SHEET_COLUMNS = 8
+_LARGEST_CELL = 320  # pixels of the longer side that larger frames are reduced to
+
+
 def video_name(number: int, prompt: str) -> str:
     """`0003-a-red-circle.mp4`: unique by its number, and nothing in it but letters, digits and dashes of the prompt."""
     slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower())[:60].strip("-")
     return f"{number:04d}{'-' if slug else ''}{slug}.mp4"
 
 
-def shown_times(num_frames: int, columns: int = _COLUMNS) -> np.ndarray:
+def shown_times(num_frames: int, columns: int = _SHEET_COLUMNS) -> np.ndarray:
     """The frames of a video that a contact sheet shows."""
     return np.unique(np.linspace(0, num_frames - 1, columns).round().astype(int))
 
@@ -61,7 +63,7 @@ def thumbnail(frame: np.ndarray) -> np.ndarray:
 def contact_sheet(
     rows: Sequence[tuple[str, Tensor | np.ndarray]],
     path: str | Path,
-    columns: int = _COLUMNS,
+    columns: int = _SHEET_COLUMNS,
     times: Sequence[int] | None = None,
 ) -> tuple[int, int]:
     """Write a PNG with one row a video: its label above, `columns` frames spread evenly over its time.
