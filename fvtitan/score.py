@@ -4,10 +4,10 @@
     python -m fvtitan.score --models tiny-wan outputs/tiny_dfsft/checkpoint/step-1500 --num-frames 33 105 --steps 50
     python -m fvtitan.score --models tiny-wan outputs/tiny_dmd2/checkpoint/step-1000 --rungs 1000 1000,500 1000,750,500,250
 
-A model is a pipeline in diffusers layout ("tiny-wan", a folder, a hub id), sampled by Euler steps, or a checkpoint of a run,
-sampled as its own method says; of a checkpoint the moving average is taken where there is one. `--rungs` samples few-step
-students on these ladders, and pipelines too: what a student was before its training. All models get the same captions and
-noise, so a second table compares checkpoints with pipelines video by video.
+A model is a pipeline in diffusers layout ("tiny-wan", a folder, a hub id), sampled by Euler steps, or an export or a checkpoint
+of a run, sampled as its own method says; of a checkpoint the moving average is taken where there is one. `--rungs` samples
+few-step students on these ladders, and pipelines too: what a student was before its training. All models get the same captions
+and noise, so a second table compares checkpoints with pipelines video by video.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ from fvtitan.data.moving_shapes import (
     summarise,
 )
 from fvtitan.errors import UserError, cli
-from fvtitan.flow_matching import NUM_TIMESTEPS, euler_ladder, few_step_ladder
-from fvtitan.generate import load_model, unconditional_prompt
+from fvtitan.flow_matching import euler_ladder, few_step_ladder
+from fvtitan.generate import load_model, parse_rungs
 from fvtitan.models.base import CausalModelBase, ModelBase
 from fvtitan.models.encoders import TextEncoder, VideoVAE
 from fvtitan.models.pipeline import TINY_WAN
@@ -67,7 +67,7 @@ class Row:
     thirds: tuple[list[Judgement], list[Judgement]] = ([], [])
     """Of the first and the last third of each video, when they were judged."""
     own: bool = False
-    """A checkpoint, not a pipeline."""
+    """A checkpoint or an export, not a pipeline of others."""
 
     @property
     def scores(self) -> dict[str, float]:
@@ -142,15 +142,15 @@ def score_sources(
     prompts = [attributes.caption for attributes in held_out_combinations()]
     embeds = [row.bfloat16() for row in encoder.encode(prompts)]
     for each in loaded.values():
-        each.model.uncond_embeds = encoder.encode([unconditional_prompt(each.data)])[0].bfloat16()
+        each.model.uncond_embeds = encoder.encode([each.contract.unconditional_prompt])[0].bfloat16()
         if isinstance(each.model, CausalModelBase):
             for num_frames in lengths:  # one that does not fit is an error before anything is sampled
                 each.model.causal.blocks((num_frames - 1) // vae.temporal_ratio + 1)
     for num_frames in lengths:
         for source, each in loaded.items():
-            model, own_spec, shift = each.model, each.spec, each.model.schedule.shift
+            model, own_spec, shift = each.model, each.contract.spec, each.contract.shift
             few = [SamplerSpec(few_step_ladder(timesteps, shift), solver="sde") for timesteps in rungs]
-            if own_spec is None:
+            if not each.own:
                 specs = [SamplerSpec(tuple(euler_ladder(n, shift)), g) for g in guidance for n in steps] + few
             elif own_spec.solver == "sde" and rungs:
                 specs = [dataclasses.replace(own_spec, sigmas=spec.sigmas) for spec in few]
@@ -159,7 +159,7 @@ def score_sources(
             for spec in specs:
                 size = {"num_frames": num_frames, "num_videos": num_videos}
                 row, shown = score(source, model, spec, vae, prompts, embeds, **size, thirds=thirds)
-                row.own = own_spec is not None
+                row.own = each.own
                 yield row, shown
         yield vae_ceiling(vae, num_frames=num_frames, num_videos=num_videos), []
 
@@ -214,23 +214,13 @@ def comparison(rows: Sequence[Row]) -> str:
     return "\n".join([title, "| --- | --- " + "| --: " * (1 + len(COLUMNS)) + "|", *lines])
 
 
-def _parse_rungs(text: str) -> tuple[float, ...]:
-    try:
-        rungs = tuple(float(part) for part in text.split(","))
-    except ValueError:
-        rungs = ()
-    if not rungs or rungs[0] != NUM_TIMESTEPS or rungs[-1] <= 0 or list(rungs) != sorted(set(rungs), reverse=True):
-        raise UserError(
-            f"--rungs {text}: need timesteps that descend from 1000, separated by commas, e.g. 1000,750,500,250"
-        )
-    return rungs
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m fvtitan.score", description="Sample held-out captions of moving shapes and judge the videos."
     )
-    parser.add_argument("--models", nargs="+", default=[TINY_WAN], help="pipelines or .../checkpoint/step-<N> folders")
+    parser.add_argument(
+        "--models", nargs="+", default=[TINY_WAN], help="pipelines, exports or .../checkpoint/step-<N> folders"
+    )
     parser.add_argument("--steps", type=int, nargs="+", default=[50, 16, 4], help="Euler steps of pipelines (50 16 4)")
     parser.add_argument("--num-frames", type=int, nargs="+", default=[33], help="lengths in frames, 4n + 1 (33)")
     parser.add_argument("--num-videos", type=int, default=192, help="videos a row (192)")
@@ -247,7 +237,7 @@ def main() -> None:
     for option, values in (("--steps", args.steps), ("--num-videos", [args.num_videos])):
         if min(values) < 1:
             raise UserError(f"{option} {min(values)}: must be >= 1")
-    rungs = [_parse_rungs(text) for text in args.rungs]
+    rungs = [parse_rungs(text) for text in args.rungs]
     rows: list[Row] = []
     for row, shown in score_sources(
         args.models,

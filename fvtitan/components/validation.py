@@ -5,7 +5,6 @@ Noise, clips and noise levels are fixed by the seed alone, so numbers are compar
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ from fvtitan.components.ema import EMA
 from fvtitan.components.files import write_atomic
 from fvtitan.components.metrics import MetricLogger
 from fvtitan.components.rng import generator
-from fvtitan.components.visualise import contact_sheet
+from fvtitan.components.visualise import contact_sheet, video_name
 from fvtitan.data.latent_cache import LatentCache
 from fvtitan.distributed.mesh import data_ranks, leads_sequence
 from fvtitan.errors import UserError
@@ -212,8 +211,7 @@ class Validator:
 
         folder.mkdir(parents=True, exist_ok=True)
         for sample in samples:
-            slug = re.sub(r"[^a-z0-9]+", "-", sample.prompt.lower())[:60].strip("-")
-            write_video(folder / f"{sample.index:04d}-{slug}.mp4", sample.frames, fps=self.cfg.data.fps)
+            write_video(folder / video_name(sample.index, sample.prompt), sample.frames, fps=self.cfg.data.fps)
 
     def _judge(self, samples: list[_Sample]) -> list[tuple[int, Any]]:
         from fvtitan.data.moving_shapes import judge_video

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,17 +36,45 @@ def gif_bytes(frames: Tensor | np.ndarray, fps: float) -> bytes:
     return out.getvalue()
 
 
+_SHEET_COLUMNS = 8
+_LARGEST_CELL = 320  # pixels of the longer side that larger frames are reduced to
+
+
+def video_name(number: int, prompt: str) -> str:
+    """`0003-a-red-circle.mp4`: unique by its number, and nothing in it but letters, digits and dashes of the prompt."""
+    slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower())[:60].strip("-")
+    return f"{number:04d}{'-' if slug else ''}{slug}.mp4"
+
+
+def shown_times(num_frames: int, columns: int = _SHEET_COLUMNS) -> np.ndarray:
+    """The frames of a video that a contact sheet shows."""
+    return np.unique(np.linspace(0, num_frames - 1, columns).round().astype(int))
+
+
+def thumbnail(frame: np.ndarray) -> np.ndarray:
+    """A frame, uint8 `[H, W, 3]`, as small as a contact sheet shows it."""
+    factor = _LARGEST_CELL / max(frame.shape[:2])
+    if factor >= 1:
+        return frame
+    size = (max(1, round(frame.shape[1] * factor)), max(1, round(frame.shape[0] * factor)))
+    return np.asarray(Image.fromarray(frame).resize(size, Image.Resampling.BOX))
+
+
 def contact_sheet(
-    rows: Sequence[tuple[str, Tensor | np.ndarray]], path: str | Path, columns: int = 8
+    rows: Sequence[tuple[str, Tensor | np.ndarray]],
+    path: str | Path,
+    columns: int = _SHEET_COLUMNS,
+    times: Sequence[int] | None = None,
 ) -> tuple[int, int]:
     """Write a PNG with one row a video: its label above, `columns` frames spread evenly over its time.
 
-    rows: (label, uint8 `[T, H, W, 3]`); sizes and lengths may differ between rows. Returns (width, height) in pixels.
+    rows: (label, uint8 `[T, H, W, 3]`); sizes and lengths may differ between rows. With `times`, the rows hold only what is
+    shown, and these are the frames' numbers. Returns (width, height) in pixels.
     """
     if not rows:
         raise ValueError("a contact sheet needs at least one row")
     font = ImageFont.load_default(_TEXT)
-    strips = [(label, _strip(_frames_array(frames), columns, font)) for label, frames in rows]
+    strips = [(label, _strip(_frames_array(frames), columns, times, font)) for label, frames in rows]
     width = max(strip.width for _, strip in strips) + 2 * _MARGIN
     characters = max(8, int((width - 2 * _MARGIN) / font.getlength("abcdefghij ") * 11))
     texts = [textwrap.wrap(label, characters) or [""] for label, _ in strips]
@@ -64,16 +93,19 @@ def contact_sheet(
     return sheet.size
 
 
-def _strip(frames: np.ndarray, columns: int, font: ImageFont.FreeTypeFont) -> Image.Image:
+def _strip(frames: np.ndarray, columns: int, times: Sequence[int] | None, font: ImageFont.FreeTypeFont) -> Image.Image:
     """The chosen frames side by side, the frame's number in the corner of each."""
-    times = np.unique(np.linspace(0, len(frames) - 1, columns).round().astype(int))
-    height, width = frames.shape[1:3]
+    if times is None:
+        times = shown_times(len(frames), columns)
+        frames = frames[times]
+    cells = [thumbnail(frame) for frame in frames]
+    height, width = cells[0].shape[:2]
     scale = max(1, round(_SMALLEST_CELL / min(height, width)))
     cell = (width * scale, height * scale)
     strip = Image.new("RGB", (columns * (cell[0] + 2) - 2, cell[1] + _LINE), "white")
     draw = ImageDraw.Draw(strip)
-    for column, time in enumerate(times):
+    for column, (time, image) in enumerate(zip(times, cells, strict=True)):
         left = column * (cell[0] + 2)
-        strip.paste(Image.fromarray(frames[time]).resize(cell, Image.Resampling.NEAREST), (left, 0))
+        strip.paste(Image.fromarray(image).resize(cell, Image.Resampling.NEAREST), (left, 0))
         draw.text((left + 2, cell[1] + 1), str(time), fill="gray", font=font)
     return strip

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fvtitan.components.files import fsync_path
 from fvtitan.errors import UserError
 
 # Containers that are read; playlists and the like could point to other files.
@@ -76,13 +77,14 @@ class VideoInfo:
 class VideoWriter:
     """Writes uint8 frames `[T, H, W, 3]` (even sizes) as H.264 mp4, in as many parts as come.
 
-    The file has its name when it is complete, and a temporary one before; with `live` it has its name from the start, and
-    plays up to the last part that was appended. Use as a context manager.
+    The file has its name when it is complete, and a temporary one before: with `live` that is `<stem>.part.mp4`, which plays up
+    to the last part that was appended. Use as a context manager.
     """
 
     def __init__(self, path: str | Path, fps: int | Fraction, *, crf: int = 12, live: bool = False):
         self.path, self.fps, self.crf, self.live = Path(path), fps, crf, live
-        self._temporary = self.path.with_name(f".{self.path.stem}.{os.getpid()}.tmp.mp4")
+        hidden = f".{self.path.stem}.{os.getpid()}.tmp.mp4"
+        self._temporary = self.path.with_name(f"{self.path.stem}.part.mp4" if live else hidden)
         self._container = self._stream = None
 
     def __enter__(self) -> VideoWriter:
@@ -90,8 +92,8 @@ class VideoWriter:
 
         # Fragments of their own index make a file that is played while it grows.
         fragments = {"movflags": "frag_keyframe+empty_moov+default_base_moof", "flush_packets": "1"}
-        target = self.path if self.live else self._temporary
-        self._container = av.open(str(target), "w", format="mp4", options=fragments if self.live else {})
+        options = fragments if self.live else {}
+        self._container = av.open(str(self._temporary), "w", format="mp4", options=options)
         return self
 
     def append(self, frames: Tensor | np.ndarray) -> None:
@@ -122,7 +124,8 @@ class VideoWriter:
             if kind is None and self._stream is not None:
                 self._container.mux(self._stream.encode())
             self._container.close()
-            if kind is None and not self.live:
+            if kind is None:
+                fsync_path(self._temporary)
                 os.replace(self._temporary, self.path)
         finally:
             self._temporary.unlink(missing_ok=True)

@@ -344,4 +344,4 @@ def test_self_forcing_on_the_teachers_network(setting, tmp_path):
         moved = [n for n in tensors if n.startswith(f"roles.{role}.") and n.endswith("lora_B") and tensors[n].any()]
         assert len(moved) == 20
     loaded = load_model(str(checkpoint(tmp_path, 2)))
-    assert loaded.spec.streaming and loaded.model.trained_frames == 3 and velocity(loaded.model).isfinite().all()
+    assert loaded.contract.streaming and loaded.model.trained_frames == 3 and velocity(loaded.model).isfinite().all()

@@ -1,10 +1,13 @@
 """The README does what it says: its own commands, taken from its text, run in a copy of the tree, and leave what it promises.
 
-By default each trains 2 steps on a handful of clips; `pytest -m slow` runs them as they stand.
+By default each trains 2 steps on a handful of clips; `pytest -m slow` runs them as they stand. And what README and docs name
+exists: files, modules, configuration keys, flags, environment variables; their training commands are possible.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import importlib.util
 import os
 import re
 import shlex
@@ -13,15 +16,19 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
 
 import pytest
 import tomli
 
 from fvtitan.config import JobConfig, load_config
+from fvtitan.methods import METHODS
+from fvtitan.methods.base import MethodConfig
 from tests.helpers import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-PROGRAMS = r"(?:[A-Z_]+=\S+ )*(?:python|torchrun|pip|pytest|tensorboard|\./run_train\.sh)\b"
+PAGES = {str(path.relative_to(ROOT)): path.read_text() for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))}
+PROGRAMS = r"(?:[A-Z_]+=\S+ )*(?:python|torchrun|pip|pytest|tensorboard|sbatch|\./run_train\.sh)\b"
 
 # What is in the README and not run here, and why. Nothing else may be left out; a line that is no longer there must go.
 NOT_RUN = {
@@ -38,6 +45,7 @@ SMALL = {
     r"tiny_kd\w*\.toml": f"{SMALL_TRAINING} {SMALL_KD}",
     r"run_train\.sh|train\.py": SMALL_TRAINING,
     r"fvtitan\.score": "--num-videos 2 --steps 2",
+    r"generate --model tiny-wan": "--steps 2",
     r"moving_shapes render": "--num-clips 4",
     r"fvtitan\.plan": "--no-switches --data.num_frames 5 --data.height 64 --data.width 64",
 }
@@ -69,6 +77,13 @@ def kind_of(command: str) -> str:
 COMMANDS = commands_of(README)
 RUN = [command for command in COMMANDS if kind_of(command) == "run"]
 TRAIN = [command for command in COMMANDS if re.search(r"run_train\.sh|train\.py", command) and "--help" not in command]
+# Those of docs/ are not run.
+DOCS_TRAIN = [
+    command
+    for text in PAGES.values()
+    for command in commands_of(text)
+    if re.search(r"run_(train|slurm)\.sh|train\.py", command) and command not in COMMANDS
+]
 
 
 def test_commands_are_found():
@@ -104,12 +119,16 @@ class Training:
     @classmethod
     def parse(cls, command: str) -> Training:
         words = shlex.split(command)
-        program = next(i for i, word in enumerate(words) if re.search(r"(run_train\.sh|train\.py)$", word))
+        program = next(i for i, word in enumerate(words) if re.search(r"(run_(train|slurm)\.sh|train\.py)$", word))
         before, arguments = words[:program], words[program + 1 :]
         environment = dict(word.split("=", 1) for word in before if re.match(r"[A-Z_]+=", word))
         options = dict(re.findall(r"--(\w+)[= ](\S+)", " ".join(before)))
         ranks = int(options.get("nproc_per_node", environment.get("NGPU", 1))) * int(options.get("nnodes", 1))
-        if words[program].endswith("run_train.sh"):
+        ranks *= int(environment.get("NNODES", 1))
+        if words[program].endswith("run_slurm.sh"):
+            headers = dict(re.findall(r"^#SBATCH --([\w-]+)=(\S+)", (ROOT / "run_slurm.sh").read_text(), re.MULTILINE))
+            ranks = int(options.get("nodes", headers["nodes"])) * int(headers["gpus-per-node"])
+        if words[program].endswith(".sh"):
             default = re.search(r"CONFIG_FILE=\$\{CONFIG_FILE:-(\S+)\}", (ROOT / "run_train.sh").read_text())[1]
             arguments = ["--job.config_file", environment.get("CONFIG_FILE", default), *arguments]
         return cls(ranks, arguments)
@@ -128,7 +147,7 @@ def header_command(recipe: Path) -> str:
     return re.search(rf"{PROGRAMS}.*", re.sub(r"\\\n", "", comment))[0]
 
 
-@pytest.mark.parametrize("command", TRAIN)
+@pytest.mark.parametrize("command", TRAIN + DOCS_TRAIN)
 def test_training_commands_are_possible_as_they_stand(command, monkeypatch):
     """Keys, values, and batch sizes for the number of processes, without the changes that make it small."""
     Training.parse(command).config(monkeypatch)
@@ -139,6 +158,104 @@ def test_recipe_headers_are_possible_as_they_stand(recipe, monkeypatch):
     training = Training.parse(header_command(recipe))
     assert Path(training.arguments[training.arguments.index("--job.config_file") + 1]).name == recipe.name
     training.config(monkeypatch)
+
+
+# ------------------------------------------------------------------------------------------------ what they name
+
+SECTIONS = {field.name for field in dataclasses.fields(JobConfig)}
+KEY = rf"(?<![\w./])(?:--)?((?:{'|'.join(sorted(SECTIONS))})(?:\.(?:\w+|<\w+>|\*))+)(?![\w(/])"
+FILE_SUFFIXES = (".py", ".json", ".jsonl", ".toml", ".md", ".png", ".mp4", ".safetensors", ".distcp")
+SOURCES = "\n".join(
+    path.read_text(encoding="utf-8")
+    for pattern in ("fvtitan/**/*.py", "benchmarks/**/*.py", "train.py", "run_*.sh")
+    for path in sorted(ROOT.glob(pattern))
+)
+# Flags and variables of other programs, which these pages may name.
+OTHERS_FLAGS = {"--nodes", "--nproc_per_node", "--shutdown-timeout", "--logdir", "--help", "--index-url"}
+OTHERS_VARIABLES = "NCCL_|GLOO_|TORCH_|TORCHINDUCTOR_|TRITON_|HF_|WANDB_|CUDA_|SLURM_"
+
+
+def code_of(text: str) -> list[str]:
+    """What stands in backticks, and the lines of bash blocks."""
+    blocks = re.findall(r"^```bash\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    prose = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+    return [line for block in blocks for line in block.splitlines()] + re.findall(r"`([^`\n]+)`", prose)
+
+
+def key_exists(key: str) -> bool:
+    """A configuration key, of any role and any method; `*` and `<...>` stand for one that may be anything."""
+    kinds: list[Any] = [JobConfig]
+    for part in key.split("."):
+        found = []
+        for kind in kinds:
+            if get_origin(kind) is dict:
+                found.append(get_args(kind)[1])
+                continue
+            if not dataclasses.is_dataclass(kind):
+                continue
+            hints = get_type_hints(kind)
+            found += [hint for name, hint in hints.items() if part in (name, "*") or part.startswith("<")]
+        kinds = [
+            each
+            for kind in found
+            for each in ([m.Config for m in METHODS.values()] if kind is MethodConfig else [kind])
+        ]
+    return bool(kinds)
+
+
+def problems_of(text: str) -> list[str]:
+    """Names in a page of files, modules, keys, flags and environment variables that do not exist."""
+    problems = []
+    for code in code_of(text):
+        words = code.split()
+        for key in re.findall(KEY, code):
+            if not key.endswith(FILE_SUFFIXES) and not key_exists(key):
+                problems.append(f"key {key}")
+        source = SOURCES
+        for module in re.findall(r"python -m ((?:fvtitan|benchmarks)[\w.]*)", code):
+            found = importlib.util.find_spec(module)
+            if found is None:
+                problems.append(f"module {module}")
+            elif module.startswith("fvtitan.") and found.origin:
+                source = Path(found.origin).read_text(encoding="utf-8")  # its own flags
+        for flag in re.findall(r"(?<![\w-])--[a-z][\w-]*(?![\w.-])", code):
+            spellings = {flag, "--" + flag[2:].replace("_", "-"), "--" + flag[2:].replace("-", "_")}
+            if not spellings & OTHERS_FLAGS and not any(re.search(rf"{each}(?![\w-])", source) for each in spellings):
+                problems.append(f"flag {flag}")
+        for path in re.findall(r"(?<![\w/.])(?:train_configs|tests|fvtitan|benchmarks|docs)/[\w./]+\w", code):
+            if not (ROOT / path).exists():
+                problems.append(f"file {path}")
+        variables = [word.split("=")[0] for word in words if re.match(r"[A-Z][A-Z0-9]*_[A-Z0-9_]+(=|$)", word)]
+        for name in variables:
+            if not re.match(OTHERS_VARIABLES, name) and not re.search(rf"\b{name}\b", SOURCES):
+                problems.append(f"variable {name}")
+    return problems
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_what_a_page_names_exists(page):
+    assert problems_of(PAGES[page]) == []
+
+
+def test_a_name_that_does_not_exist_is_found():
+    good = (
+        "`data.num_frames = 5`, `models.<role>.lora.rank`, `method.gradient_mode`, `metrics.jsonl`, `method.*`, `--rungs`\n"
+        "```bash\npython -m fvtitan.generate --num-frames 5\nNGPU=2 ./run_train.sh --training.steps 3\n```\n"
+    )
+    assert problems_of(good) == []
+    wrong = {
+        "`data.num_frame`": "key data.num_frame",
+        "`--training.step 3`": "key training.step",
+        "`models.student.lora.ranks`": "key models.student.lora.ranks",
+        "`method.shape`": "key method.shape",
+        "`--num-frame 3`": "flag --num-frame",
+        "`python -m fvtitan.generate --memory 80`": "flag --memory",  # plan's
+        "`python -m fvtitan.generat`": "module fvtitan.generat",
+        "`train_configs/none.toml`": "file train_configs/none.toml",
+        "`FVTITAN_FAULT=kill`": "variable FVTITAN_FAULT",
+    }
+    for text, problem in wrong.items():
+        assert problems_of(good + text) == [problem]
 
 
 # --------------------------------------------------------------------------------------------- running them

@@ -14,12 +14,12 @@ from fvtitan.assets import tiny_wan_path
 from fvtitan.assets.build_tiny_wan import training_minutes, transformer_tensors
 from fvtitan.components.checkpoint import DamagedCheckpoint, read_tensors
 from fvtitan.errors import UserError
-from fvtitan.generate import load_model
+from fvtitan.generate import load_model, parse_rungs
 from fvtitan.models.pipeline import pipeline_shift
 from fvtitan.models.wan import weights
 from fvtitan.models.wan.model import WanCausalModel
 from fvtitan.samplers import SamplerSpec, num_forwards
-from fvtitan.score import _parse_rungs, comparison, paired_difference, score_sources, table
+from fvtitan.score import comparison, paired_difference, score_sources, table
 from tests.helpers import ROOT, make_cache, read_checkpoint, small_arguments, train
 
 
@@ -76,8 +76,8 @@ def test_a_changed_byte_is_seen(checkpoint, tmp_path):
 
 def test_a_checkpoint_is_sampled_as_its_method_says(checkpoint):
     loaded = load_model(str(checkpoint))
-    model, spec = loaded.model, loaded.spec
-    assert isinstance(model, WanCausalModel) and model.causal.window == 6 and loaded.data.uncond_prompt == "empty"
+    model, spec = loaded.model, loaded.contract.spec
+    assert isinstance(model, WanCausalModel) and model.causal.window == 6 and loaded.contract.unconditional_prompt == ""
     assert spec.streaming and len(spec.sigmas) == 3 and spec.guidance_scale == 3.0
     assert num_forwards(spec, num_blocks=3) == 2 * (3 * 2 + 2)  # two steps a block, and two blocks committed
     assert num_forwards(SamplerSpec((1.0, 0.5, 0.0))) == 2
@@ -211,4 +211,4 @@ def test_paired_differences_have_bootstrap_intervals():
 @pytest.mark.parametrize("text", ["500,250", "1000,1000", "1000,x", "1000,0", "250,1000"])
 def test_ladders_that_are_none(text):
     with pytest.raises(UserError, match=f"--rungs {text}: need timesteps that descend from 1000"):
-        _parse_rungs(text)
+        parse_rungs(text)

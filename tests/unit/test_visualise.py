@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fvtitan.components.visualise import contact_sheet, gif_bytes
+from fvtitan.components.visualise import contact_sheet, gif_bytes, shown_times, thumbnail, video_name
 
 
 def moving_square(frames: int = 33, size: int = 64) -> torch.Tensor:
@@ -55,3 +55,37 @@ def test_wrong_frames_are_refused(tmp_path):
         gif_bytes(torch.zeros(3, 4, 4, 3), 16)
     with pytest.raises(ValueError, match="at least one row"):
         contact_sheet([], tmp_path / "x.png")
+
+
+def test_frames_picked_before_make_the_same_sheet(tmp_path):
+    video = moving_square(33, 400)
+    times = shown_times(33)
+    assert times.tolist() == [0, 5, 9, 14, 18, 23, 27, 32]
+    picked = np.stack([thumbnail(video[time].numpy()) for time in times])
+    assert picked.shape == (8, 320, 320, 3)
+    sizes = [contact_sheet([("a", video)], tmp_path / "whole.png")]
+    sizes.append(contact_sheet([("a", picked)], tmp_path / "picked.png", times=times.tolist()))
+    assert sizes[0] == sizes[1] and sizes[0][0] < 9 * 330  # large frames are reduced
+    assert (tmp_path / "whole.png").read_bytes() == (tmp_path / "picked.png").read_bytes()
+
+
+def test_a_thumbnail_keeps_the_picture():
+    frame = np.zeros((480, 832, 3), dtype=np.uint8)
+    frame[:240] = 200
+    small = thumbnail(frame)
+    assert small.shape == (185, 320, 3) and (small[:91] == 200).all() and (small[94:] == 0).all()
+    assert thumbnail(frame[:64, :64]).shape == (64, 64, 3)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "name"),
+    [
+        ("A small RED circle", "0007-a-small-red-circle.mp4"),
+        ("../../etc/passwd\0", "0007-etc-passwd.mp4"),
+        ("色调艳丽", "0007.mp4"),
+        ("--", "0007.mp4"),
+        ("x" * 300, f"0007-{'x' * 60}.mp4"),
+    ],
+)
+def test_a_name_takes_nothing_but_letters_and_digits_of_the_prompt(prompt, name):
+    assert video_name(7, prompt) == name
