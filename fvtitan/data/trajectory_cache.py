@@ -164,7 +164,7 @@ def num_complete(path: Path, num_samples: int) -> int:
     named = isinstance(shards, dict) and all(inside(path, name) for name in shards)
     if not named or type(total) is not int or total < 0:
         raise UserError(
-            f"{path / 'manifest.json'} is damaged (shards or num_samples): remove it to have the cache checked"
+            f"{path / 'manifest.json'} is damaged, or its shards leave the folder: remove it to have the cache checked"
         )
     for name, size in shards.items():
         try:

@@ -481,7 +481,7 @@ def test_offline_is_offline_and_a_revision_is_that_revision(tmp_path, hub):
     assert asked == []
     assert [Path(line).name for line in found[:3]] == ["2" * 40, "1" * 40, "2" * 40]
     for line, name in zip(found[3:5], names[3:5], strict=True):
-        assert line.startswith(f"error: '{name}' is no folder here, and the hub did not give it: ")
+        assert line.startswith(f"error: '{name}' is no folder here, and not in the hub's cache ")
     assert found[5].endswith("nor a hub id (owner/name or owner/name@revision)")
     resolved(["owner/name@v9"], {**environment, "HF_HUB_OFFLINE": "0"})
     assert any(
