@@ -18,7 +18,7 @@ from fvtitan.components.files import write_atomic
 from fvtitan.components.lora import base_parameters, merge_adapter
 from fvtitan.components.rng import generator
 from fvtitan.distributed.utils import local_rows, local_tensor, reshard
-from fvtitan.errors import UserError
+from fvtitan.errors import UserError, shortened
 from fvtitan.models.pipeline import pipeline_folder, pipeline_text_len
 from fvtitan.models.wan.adapter import (
     check_complete,
@@ -177,8 +177,10 @@ def checkpoint_sizes(folder: str | Path, role: str) -> WanConfig:
         return WanConfig(**saved[role] | {"patch_size": tuple(saved[role]["patch_size"])})
     except FileNotFoundError:
         raise UserError(f"{folder}: there is no checkpoint here (no roles.json)") from None
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{path} is damaged: {error!r}") from None
+    except UserError:
+        raise
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise UserError(f"{path} is damaged: {shortened(repr(error))}") from None
 
 
 @dataclass(frozen=True)
