@@ -12,6 +12,7 @@ import hashlib
 import json
 import random
 import re
+import runpy
 import sys
 import tempfile
 import tomllib
@@ -497,6 +498,35 @@ class Checkpoints:
 def test_checkpoint(tmp_path, single_process_group, count):
     outcomes = fuzz("checkpoint", count, Checkpoints(tmp_path))
     assert outcomes["error"] > count // 2 and outcomes["same"] > count // 50, outcomes
+
+
+# --------------------------------------------------------------------------------------------------------- programs
+
+
+@pytest.mark.parametrize(
+    ("program", "arguments", "named"),
+    [
+        ("config", ["recipe.toml"], "recipe.toml"),
+        ("plan", ["recipe.toml"], "recipe.toml"),
+        ("trajectories", ["recipe.toml"], "recipe.toml"),
+        ("generate", ["--model", "step-1", "--prompts", "x", "--output", "out"], "step-1"),
+        ("score", ["--models", "step-1"], "step-1"),
+        ("preprocess", ["--data", "recipe.toml", "--model", "tiny-wan", "--output", "out"], "recipe.toml"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
+def test_programs_end_with_one_line(tmp_path, monkeypatch, capsys, program, arguments, named):
+    """A damaged recipe, or a damaged checkpoint: exit status 2."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipe.toml").write_bytes(RECIPES[0][:-20] + b"\xff = [[")
+    write_files(
+        tmp_path / "step-1", {"manifest.json": b'{"files": []}', "roles.json": b'{"student": {', "config.toml": b"["}
+    )
+    monkeypatch.setattr(sys, "argv", [program, *arguments])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module(f"fvtitan.{program}", run_name="__main__")
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert ended.value.code == 2 and line.startswith("error: ") and named in line
 
 
 READERS: dict[str, Callable[[Path], Attempt]] = {

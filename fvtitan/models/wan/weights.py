@@ -18,7 +18,7 @@ from fvtitan.components.files import write_atomic
 from fvtitan.components.lora import LoRAConfig, base_parameters, merge_adapter
 from fvtitan.components.rng import generator
 from fvtitan.distributed.utils import local_rows, local_tensor, reshard
-from fvtitan.errors import UserError
+from fvtitan.errors import UserError, shortened
 from fvtitan.models.wan.adapter import config_to_diffusers, diffusers_names, flavor_config, to_diffusers_tensor
 from fvtitan.models.wan.files import WEIGHTS_NAME, WeightFiles, holds_average, open_weights
 from fvtitan.models.wan.transformer import WanConfig, WanTransformer, init_parameter
@@ -151,8 +151,10 @@ def checkpoint_sizes(folder: str | Path, role: str) -> WanConfig:
         return WanConfig(**saved[role] | {"patch_size": tuple(saved[role]["patch_size"])})
     except FileNotFoundError:
         raise UserError(f"{folder}: there is no checkpoint here (no roles.json)") from None
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{path} is damaged: {error!r}") from None
+    except UserError:
+        raise
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise UserError(f"{path} is damaged: {shortened(repr(error))}") from None
 
 
 @dataclass(frozen=True)
