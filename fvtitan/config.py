@@ -103,12 +103,13 @@ class RoleConfig:
     flavor: str = ""
     """Sizes by name: tiny, 1.3B, 14B. Empty: the sizes of `init_from`."""
     init_from: str = ""
-    """Initial weights: a folder in diffusers layout, a hub id, "tiny-wan" (the shipped one), or the checkpoint of a run,
-    `.../checkpoint/step-<N>`. Empty: random."""
+    """Initial weights: a folder in diffusers' or the original layout, a hub id, "tiny-wan" (the shipped one), a .safetensors
+    file with either's names, a .pt of Self-Forcing or CausVid, or the checkpoint of a run, `.../checkpoint/step-<N>`. Empty:
+    random."""
     init_role: str = "student"
     """init_from a checkpoint: which of its roles."""
     init_weights: Literal["auto", "ema", "raw"] = "auto"
-    """init_from a checkpoint: the role's moving average, or its own weights; auto: the average where there is one."""
+    """init_from a checkpoint or .pt: the role's moving average, or its own weights; auto: the average where there is one."""
     trainable: bool = True
     """Whether this role is trained."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
