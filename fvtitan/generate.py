@@ -392,7 +392,11 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
     # ------------------------------------------------------------------------- text, then the network, then the VAE
     guided = wanted.guidance_scale != 1
     texts = [video.prompt for video in videos] + ([wanted.unconditional_prompt] if guided else [])
-    embeds = on_rank_zero(lambda: encode_prompts(pipeline, texts, device))
+    try:
+        embeds = on_rank_zero(lambda: encode_prompts(pipeline, texts, device))
+    except UserError as error:
+        hint = "" if args.pipeline else "; --pipeline names another one's text encoder and VAE"
+        raise UserError(f"{error}{hint}") from None
     dtype = getattr(torch, args.dtype) if args.dtype else None
     model = load_model(args.model, raw=args.raw, device=device, dtype=dtype, shift=args.shift).model
     sizes = model.transformer.cfg

@@ -408,6 +408,9 @@ def test_parts_of_other_models_are_refused(export, tmp_path, monkeypatch, capsys
     UMT5EncoderModel(config).save_pretrained(other / "text_encoder")
     assert run([*arguments, "--pipeline", other], monkeypatch) == 2
     assert "is 32 wide" in capsys.readouterr().err
+    shutil.rmtree(other / "text_encoder")
+    assert run(["--model", other, *arguments[2:]], monkeypatch) == 2
+    assert "has no text_encoder/ folder" in (error := capsys.readouterr().err) and "--pipeline names another" in error
     (other / CONTRACT_NAME).write_text('{"text_len": 32, "sampler": {"format_version": 9}}')
     assert run(["--model", other, *arguments[2:]], monkeypatch) == 2
     assert f"{other / CONTRACT_NAME}: sampler.format_version = 9" in capsys.readouterr().err
