@@ -16,6 +16,8 @@ from torch import Tensor
 
 # Containers that are read; playlists and the like could point to other files.
 FORMATS = "mov,mp4,matroska,webm,avi,mpegts,mpeg,flv,ogg,asf,gif"
+# Decoded frames of these carry the time stamps of decoding; only these others can be sought in without losing them.
+UNTIMED, INDEXED = ("avi",), ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")
 # Seconds. Matroska rounds time stamps to milliseconds, that of the first frame too.
 TIME_TOLERANCE = 1.1e-3
 
@@ -40,15 +42,14 @@ class VideoInfo:
 
     `width` x `height` is the size as shown: rotated as the metadata asks (`rotation`, degrees counter-clockwise) and with
     square pixels (stored ones are `pixel_aspect` times as wide as high). `times` are the seconds at which the frames appear,
-    the first at 0, in the order shown; `start` is the time stamp of the first. Decoded frames carry these times, but for
-    AVI, whose time stamps are those of decoding (`timed` is false).
+    the first at 0, in the order shown; `start` is the time stamp of the first. `container` is FFmpeg's name of the format.
     """
 
     width: int
     height: int
     rotation: int
     pixel_aspect: float
-    timed: bool
+    container: str
     start: float
     times: Sequence[float]
 
@@ -196,8 +197,8 @@ def probe_video(path: str | Path, limits: VideoLimits = VideoLimits()) -> VideoI
             )
         if first.is_corrupt:
             raise VideoError("damaged: frame 0 cannot be decoded in full")
-        timed = container.format.name != "avi"
-        ordered = np.unique(stamps) if timed else np.sort(stamps)
+        name = container.format.name
+        ordered = np.sort(stamps) if name in UNTIMED else np.unique(stamps)
         times = ordered * float(stream.time_base) - first.time
         times = times[times > -1e-6]  # leading frames of a stream that was cut cannot be decoded
         if not len(times):
@@ -206,7 +207,7 @@ def probe_video(path: str | Path, limits: VideoLimits = VideoLimits()) -> VideoI
         rotation = _rotation(first)
         size = (max(1, round(first.width * aspect)), first.height)
         width, height = size if rotation % 180 == 0 else size[::-1]
-        return VideoInfo(width, height, rotation, aspect, timed, first.time, times.clip(0).tolist())
+        return VideoInfo(width, height, rotation, aspect, name, first.time, times.clip(0).tolist())
 
 
 def read_all_frames(path: str | Path, limits: VideoLimits = VideoLimits()) -> Tensor:  # noqa: B008 (frozen)
@@ -254,11 +255,11 @@ def read_video(
 
 def _decode_from(path: Path, limits: VideoLimits, info: VideoInfo, first: int):
     """(number in `info.times`, frame) in presentation order, from the frame `first` on or from an earlier one."""
-    if not info.timed:
+    if info.container in UNTIMED:
         yield from enumerate(frame for _, frame in _decode(path, limits))
         return
     times, seconds = np.asarray(info.times), info.start + info.times[first]
-    for begin in (seconds, None) if first else (None,):
+    for begin in (seconds, None) if first and info.container in INDEXED else (None,):
         for count, (time, frame) in enumerate(_decode(path, limits, begin)):
             if begin is not None and not count and time > seconds + 1e-6:
                 break  # the container's index is wrong: from the beginning
