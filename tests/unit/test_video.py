@@ -175,10 +175,13 @@ def write_stream(
     ],
 )
 def test_later_spans_are_those_of_a_whole_reading(tmp_path, name, codec, options):
+    frames = ramp(80, step=1)
+    frames[:, 8:24, 4:20] += 60
+    frames = torch.stack([torch.roll(image, k, 1) for k, image in enumerate(frames)])  # B frames are for what moves
     if codec == "gif":
-        write_gif(tmp_path / name, ramp(80))
+        write_gif(tmp_path / name, frames)
     else:
-        write_stream(tmp_path / name, codec, ramp(80), fps=25, **options)
+        write_stream(tmp_path / name, codec, frames, fps=25, **options)
     whole, info = read_all_frames(tmp_path / name), probe_video(tmp_path / name)
     on_screen = info.frames_at(16)
     assert info.num_frames == len(whole) == 80 and len(on_screen) >= 51 and on_screen[-1] >= 78
