@@ -151,6 +151,7 @@ def main() -> int:
             faults.reach("step", step)
             if step % cfg.training.gc_freq == 0:
                 gc.collect()
+            tokens = 0
             for role in method.phases(step):
                 module, optimizer = method.role_modules[role], method.optimizers[role]
                 phase: dict[str, torch.Tensor | float] = {}
@@ -178,16 +179,17 @@ def main() -> int:
                 method.lr_schedulers[role].step()
                 if ema is not None and role == "student":
                     ema.update(step)
-                passes = method.passes(cfg, role, method.exit_rungs(step, role))
-                flops = phase_flops(cfg, passes, network_sizes, *method.latent_shape(batch)[-2:])
+                shape, clip_cfg = (
+                    method.latent_shape(batch),
+                    method.clip_config(batch),
+                )  # of this phase: sizes may differ
+                tokens += method.student.num_tokens(shape) * accumulation * data_world
+                passes = method.passes(clip_cfg, role, method.exit_rungs(step, role))
+                flops = phase_flops(clip_cfg, passes, network_sizes, *shape[-2:])
                 metrics.meter.count_flops(flops * batches.sampler.global_batch_size)
             train_state.step = step
 
-            tokens = method.student.num_tokens(method.latent_shape(batch))
-            phases = len(method.phases(step))
-            metrics.meter.count(
-                clips=phases * batches.sampler.global_batch_size, tokens=phases * tokens * accumulation * data_world
-            )
+            metrics.meter.count(clips=len(method.phases(step)) * batches.sampler.global_batch_size, tokens=tokens)
             if metrics.due(step):
                 values = mean_over_ranks(values, device)
                 metrics.log_step(step, values)

@@ -196,8 +196,16 @@ class LatentCache(Dataset):
 
 
 def check_cache_geometry(cache: LatentCache, *, num_frames: int, height: int, width: int, fps: int) -> None:
-    """Raise `UserError` when the clips of a cache that has latents are not of the size that [data] says."""
+    """Raise `UserError` when the clips of a cache that has latents are not of the size that [data] says; of several sizes, when
+    none is: it is the one that validation samples."""
     size = cache.manifest["contract"]["size"]
+    if "buckets" in size:
+        if f"{width}x{height}x{num_frames}" not in size["buckets"]:
+            raise UserError(
+                f"data.width, height and num_frames are {width}x{height}x{num_frames}, which is no bucket of the cache "
+                f"{cache.path}: give one of {', '.join(size['buckets'])}, the one that validation samples"
+            )
+        size = {"num_frames": num_frames, "height": height, "width": width, "fps": size["fps"]}
     for key, value in (("num_frames", num_frames), ("height", height), ("width", width), ("fps", fps)):
         if size[key] != value:
             raise UserError(f"data.{key} = {value}, but the cache {cache.path} was made with {key} = {size[key]}")

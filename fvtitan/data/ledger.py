@@ -189,10 +189,13 @@ def check_data(cfg: PreprocessConfig, *, batch_size: int, max_loss_share: float,
     def report() -> None:
         print(table(rows), totals_table(totals(rows, cfg, batch_size), batch_size), sep="\n\n", flush=True)
         if output is not None:
-            output.mkdir(parents=True, exist_ok=True)
-            write_ledger(output, rows)
-            if contact_sheet:
-                write_sheets(output, root, rows, cfg)
+            try:
+                output.mkdir(parents=True, exist_ok=True)
+                write_ledger(output, rows)
+                if contact_sheet:
+                    write_sheets(output, root, rows, cfg)
+            except OSError as error:
+                raise UserError(f"--output {output}: cannot be written: {error.strerror}") from None
         _judge(rows, cfg, max_loss_share)
 
     on_rank_zero(report)
