@@ -63,6 +63,8 @@ def list_records(source: Path, exclude: Path | None = None, keys: Keys = Keys())
     if len(lists) > 1:
         raise UserError(f"--data {source} holds {' and '.join(lists)}: give the one that counts, as --data FILE")
     listed = lists[0] if lists else ""
+    if source.is_dir() and listed and _leaves(root, listed):
+        raise UserError(f"--data {source}: {listed} is a link that leaves the data folder")
     if not listed and keys != Keys():
         raise UserError(
             f"--file-key, --caption-key: for lists only, but {source} holds none of {', '.join(LISTS)}: leave out"

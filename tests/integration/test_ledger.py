@@ -184,6 +184,20 @@ def test_the_program_prints_it_and_fails_when_too_much_is_lost(folder, tmp_path)
     assert done.stderr.count("\n") == 1 and "wide.mp4" in done.stdout  # the table comes all the same
 
 
+@pytest.mark.slow
+def test_two_ranks_say_and_make_the_same(folder, tmp_path):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m"]
+    cutting = ["--data", str(folder), "--buckets", BUCKETS, "--spans", "16"]
+    for name, launcher in (("one", [sys.executable, "-m"]), ("two", torchrun)):
+        output = ["--output", str(tmp_path / name)]
+        for words in (["--check", "--max-loss-share", "0.8"], ["--model", "tiny-wan", "--max-bad-fraction", "0.8"]):
+            line = [*launcher, "fvtitan.preprocess", *cutting, *output, *words]
+            done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=600)
+            assert done.returncode == 0, done.stderr[-2000:]
+    one, two = ({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("one", "two"))
+    assert one == two and "ledger.jsonl" in one and "shard-00002.safetensors" in one
+
+
 def test_seconds_count_too(tmp_path, capsys):
     write_video(tmp_path / "a.mp4", ramp(20), fps=16)
     (tmp_path / "a.txt").write_text("a caption")

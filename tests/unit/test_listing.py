@@ -147,6 +147,13 @@ def test_two_lists_are_not_mixed(folder):
     assert list_records(folder / "metadata.csv") == ([], [])
 
 
+def test_a_list_stays_in_its_folder(folder):
+    (folder.parent / "outside.csv").write_text("path,caption\na.mp4,x\n")
+    (folder / "metadata.csv").symlink_to(folder.parent / "outside.csv")
+    with pytest.raises(UserError, match="metadata.csv is a link that leaves the data folder"):
+        list_records(folder)
+
+
 def test_prompts_in_csv(tmp_path):
     source = tmp_path / "prompts.csv"
     source.write_bytes(b'id,prompt\n1,"a, b"\n2,\n3,c,d\n4,e\n')
