@@ -21,7 +21,7 @@ from fvtitan.components.files import write_atomic
 from fvtitan.components.progress import Progress
 from fvtitan.components.visualise import Thumbnail, thumbnail_sheet
 from fvtitan.data.clips import ClipPlan, plan_clip
-from fvtitan.data.listing import Record, data_root, hidden_videos, list_records
+from fvtitan.data.listing import Record, data_root, list_records, with_videos
 from fvtitan.data.video import TIME_TOLERANCE, VideoError, VideoInfo, probe_video, read_first_frame
 from fvtitan.distributed.utils import on_rank_zero
 from fvtitan.errors import UserError
@@ -166,7 +166,7 @@ def check_data(cfg: PreprocessConfig, *, batch_size: int, max_loss_share: float,
         records, ignored = list_records(Path(cfg.data), output, cfg.keys)
         if not records:
             raise UserError(f"--data {cfg.data}: {NO_VIDEOS}")
-        return records, ignored, hidden_videos(root, records)
+        return records, ignored, with_videos(root, records)
 
     records, ignored, has_video = on_rank_zero(plan)
     mine = range(rank, len(records), world)
@@ -297,10 +297,13 @@ def _aligned(lines: Sequence[Sequence[str]], right: Sequence[int]) -> str:
 def write_sheets(output: Path, root: Path, rows: Sequence[Row], cfg: PreprocessConfig) -> None:
     """contact_sheet-<n>.png: the first picture of every video that was looked into, what cropping cuts off darkened."""
     seen = [row for row in rows if row.num_frames is not None]
-    for number, start in enumerate(range(0, len(seen), SHEET_CLIPS)):
-        thumbnail_sheet(
-            list(_thumbnails(root, seen[start : start + SHEET_CLIPS], cfg)), output / f"contact_sheet-{number}.png"
-        )
+    parts = [seen[start : start + SHEET_CLIPS] for start in range(0, len(seen), SHEET_CLIPS)]
+    for number, part in enumerate(parts):
+        thumbnail_sheet(list(_thumbnails(root, part, cfg)), output / f"contact_sheet-{number}.png")
+    number = len(parts)
+    while (older := output / f"contact_sheet-{number}.png").is_file():  # of a ledger of more files
+        older.unlink()
+        number += 1
 
 
 def _thumbnails(root: Path, rows: Sequence[Row], cfg: PreprocessConfig) -> Iterator[Thumbnail]:

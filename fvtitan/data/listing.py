@@ -94,7 +94,7 @@ def list_records(source: Path, exclude: Path | None = None, keys: Keys = Keys())
     return records, ignored
 
 
-def hidden_videos(root: Path, records: Sequence[Record]) -> list[bool]:
+def with_videos(root: Path, records: Sequence[Record]) -> list[bool]:
     """Which records name a video that can be looked into: the usable ones, and those whose problem is another (no caption, say)
     and whose file no other record has."""
     places = {_real(root, record.file) for record in records if not record.problem}

@@ -203,6 +203,8 @@ def probe_video(path: str | Path, limits: VideoLimits = VideoLimits()) -> VideoI
         times = times[times > -1e-6]  # leading frames of a stream that was cut cannot be decoded
         if not len(times):
             raise VideoError("a frame has no presentation time")
+        if times[-1] > limits.max_seconds:  # not every container says so at its beginning
+            raise VideoError(f"the video lasts {times[-1]:.1f} s, more than the limit of {limits.max_seconds:g} s")
         aspect = float(stream.sample_aspect_ratio or 1)
         rotation = _rotation(first)
         size = (max(1, round(first.width * aspect)), first.height)

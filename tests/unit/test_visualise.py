@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fvtitan.components.visualise import contact_sheet, gif_bytes
+from fvtitan.components.visualise import Thumbnail, contact_sheet, gif_bytes, thumbnail_sheet
 
 
 def moving_square(frames: int = 33, size: int = 64) -> torch.Tensor:
@@ -55,3 +55,23 @@ def test_wrong_frames_are_refused(tmp_path):
         gif_bytes(torch.zeros(3, 4, 4, 3), 16)
     with pytest.raises(ValueError, match="at least one row"):
         contact_sheet([], tmp_path / "x.png")
+
+
+def test_thumbnails_darken_what_is_cut_off(tmp_path):
+    picture = torch.full((40, 80, 3), 200, dtype=torch.uint8)
+    things = [
+        Thumbnail("wide.mp4\nhalf of it", picture, (80, 40), (0.5, 1.0)),
+        Thumbnail("tall.mp4", picture, (40, 80), (1.0, 0.25)),  # pixels that are not square
+        Thumbnail("unused.mp4\n" + 40 * "a long reason ", picture, (80, 40), None),
+        *[Thumbnail("more", picture, (80, 80), (1.0, 1.0))] * 4,
+    ]
+    thumbnail_sheet(things, tmp_path / "sheet.png")
+    image = np.asarray(Image.open(tmp_path / "sheet.png").convert("RGB")).astype(int)
+    left, top = 6, 6
+    wide = image[top : top + 108, left : left + 216, 0]
+    assert (wide[:, :52] == 50).all() and (wide[:, 56:160] == 200).all() and (wide[:, 164:] == 50).all()
+    tall = image[top : top + 216, left + 222 : left + 222 + 108, 0]
+    assert (tall[:78] == 50).all() and (tall[84:132] == 200).all() and (tall[138:] == 50).all()
+    assert (image[top : top + 108, left + 444 : left + 660, 0] == 50).all()
+    second_row = image[top + 216 + 36 + 6 :]
+    assert (second_row[:216, left : left + 216, 0] == 200).all() and image.shape[1] == 6 * 222 + 6
