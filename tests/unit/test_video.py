@@ -321,3 +321,17 @@ def test_limits(tmp_path, limits, reason):
     write_video(tmp_path / "a.mp4", ramp(20), fps=16)
     with pytest.raises(VideoError, match=reason):
         read_video(tmp_path / "a.mp4", num_frames=9, fps=16, limits=limits, **SIZE)
+
+
+def test_a_stream_that_does_not_say_how_long_it_is(tmp_path):
+    with av.open(str(tmp_path / "a.mkv"), "w", options={"live": "1"}) as container:
+        stream = container.add_stream("libx264", rate=16)
+        stream.width, stream.height, stream.pix_fmt = 32, 32, "yuv420p"
+        for image in ramp(40).numpy():
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        container.mux(stream.encode())
+    with av.open(str(tmp_path / "a.mkv")) as container:
+        assert container.duration is None
+    assert probe_video(tmp_path / "a.mkv").num_frames == 40
+    with pytest.raises(VideoError, match=r"lasts 2.4 s, more than the limit of 0.5"):
+        probe_video(tmp_path / "a.mkv", VideoLimits(max_seconds=0.5))
