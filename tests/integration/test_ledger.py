@@ -221,10 +221,13 @@ def test_sheets_of_many_clips(folder, tmp_path, monkeypatch):
     assert names == [[f"contact_sheet-{k}.png" for k in range(count)] for count in (4, 2)]
 
 
-def test_nothing_but_first_pictures_is_decoded(folder, monkeypatch):
-    monkeypatch.setattr(video, "_decode", lambda *_: pytest.fail("decoded"))
-    cfg = pp.PreprocessConfig(str(folder), "", "", buckets=BUCKETS)
-    check_data(cfg, batch_size=1, max_loss_share=1, contact_sheet=False)
+def test_nothing_but_first_pictures_is_decoded(folder, monkeypatch, capsys):
+    cfg, said = pp.PreprocessConfig(str(folder), "", "", buckets=BUCKETS), []
+    for _ in range(2):
+        check_data(cfg, batch_size=1, max_loss_share=1, contact_sheet=False)
+        said.append(capsys.readouterr().out)
+        monkeypatch.setattr(video, "_decode", lambda *_: pytest.fail("decoded"))  # what reads more than one picture
+    assert said[0] == said[1] and "48x32x9" in said[0]
 
 
 @pytest.mark.faults
