@@ -161,6 +161,7 @@ def main() -> int:
             faults.reach("step", step)
             if step % cfg.training.gc_freq == 0:
                 gc.collect()
+            tokens = 0
             for role in method.phases(step):
                 module, optimizer = method.role_modules[role], method.optimizers[role]
                 phase: dict[str, torch.Tensor | float] = {}
@@ -194,16 +195,15 @@ def main() -> int:
                     numbers = {"norm": float(grad_norm), "loss": float(phase[f"loss/{role}"])}
                     nonfinite.skip(step, role, **numbers, samples=samples, cause=method.not_finite())  # or raises
                 optimizer.zero_grad()
-                passes = method.passes(cfg, role, method.exit_rungs(step, role))
-                flops = phase_flops(cfg, passes, network_sizes, *method.latent_shape(batch)[-2:])
+                # Of this phase: sizes may differ.
+                shape, clip_cfg = method.latent_shape(batch), method.clip_config(batch)
+                tokens += method.student.num_tokens(shape) * accumulation * data_world
+                passes = method.passes(clip_cfg, role, method.exit_rungs(step, role))
+                flops = phase_flops(clip_cfg, passes, network_sizes, *shape[-2:])
                 metrics.meter.count_flops(flops * batches.sampler.global_batch_size)
             train_state.step = step
 
-            tokens = method.student.num_tokens(method.latent_shape(batch))
-            phases = len(method.phases(step))
-            metrics.meter.count(
-                clips=phases * batches.sampler.global_batch_size, tokens=phases * tokens * accumulation * data_world
-            )
+            metrics.meter.count(clips=len(method.phases(step)) * batches.sampler.global_batch_size, tokens=tokens)
             if metrics.due(step):
                 values = mean_over_ranks(values, device)
                 metrics.log_step(step, values | {"nonfinite_skips": train_state.nonfinite_skips})

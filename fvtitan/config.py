@@ -221,7 +221,7 @@ class DataSection:
     """Text encoder and VAE: a folder in diffusers layout, a hub id, or "tiny-wan". Validation encodes prompts and decodes
     videos with them; training itself reads only the cache."""
     num_frames: int = 33
-    """Frames of a clip, 4n + 1."""
+    """Frames of a clip, 4n + 1. Where the cache holds several sizes: of that which validation samples, and so below."""
     height: int = 64
     """Height of a clip in pixels, a multiple of 16."""
     width: int = 64
@@ -486,6 +486,11 @@ class JobConfig:
     validation: ValidationSection = field(default_factory=ValidationSection)
     metrics: MetricsSection = field(default_factory=MetricsSection)
     comm: CommConfig = field(default_factory=CommConfig)
+
+    def with_latent_size(self, frames: int, height: int, width: int) -> JobConfig:
+        """The same with clips of such latents."""
+        size = {"num_frames": 4 * frames - 3, "height": 8 * height, "width": 8 * width}
+        return dataclasses.replace(self, data=dataclasses.replace(self.data, **size))
 
     def role_optimizer(self, role: str) -> OptimizerConfig:
         """[optimizer] with this role's overrides."""

@@ -1,13 +1,19 @@
 """Videos and captions, or prompts alone -> latent cache.
 
-    python -m fvtitan.preprocess --data DIR --model PIPELINE --output CACHE --width 832 --height 480 --num-frames 81
+    python -m fvtitan.preprocess --data DATA --model PIPELINE --output CACHE --width 832 --height 480 --num-frames 81
+    python -m fvtitan.preprocess --data DATA --model PIPELINE --output CACHE --buckets 832x480x81,480x832x81 --spans 4
     python -m fvtitan.preprocess --prompts FILE --model PIPELINE --output CACHE
+    python -m fvtitan.preprocess --check --data DATA [--output LEDGER]
+    python -m fvtitan.preprocess --verify 8 --data DATA --model PIPELINE --output CACHE
 
-DIR holds `metadata.jsonl` (`{"file_name": ..., "caption": ...}` a line) or `clip.mp4` beside `clip.txt`. FILE is text with
-one prompt a line, or `.jsonl` with an object a line (`{"caption": ...}`); its cache has no latents, for methods that train
-without videos, and no VAE is read. Every file or prompt ends as a sample or as a line in `skipped.jsonl` with the reason.
+DATA is a folder with `clip.mp4` beside `clip.txt`, or with `metadata.jsonl` (`{"file_name": ..., "caption": ...}` a line) or
+`metadata.csv`, or such a `.jsonl` or `.csv` file itself; its paths are relative to its folder. FILE is text with one prompt a
+line, or `.jsonl` or `.csv` with captions; its cache has no latents, for methods that train without videos, and no VAE is read.
+Every file or prompt ends as a sample or as a line in `skipped.jsonl` with the reason.
 Under torchrun the work is split over the ranks, with the same result. A run that was interrupted, at any moment, goes on
 where it stopped.
+With several buckets a clip goes to the one that loses least of it. `--check` says what would become of every file, without
+making anything; `--verify` makes some samples again and compares.
 """
 
 from __future__ import annotations
@@ -18,7 +24,8 @@ import hashlib
 import importlib.metadata
 import json
 import os
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -30,18 +37,36 @@ from safetensors import SafetensorError, safe_open
 
 from fvtitan.components.files import write_atomic
 from fvtitan.components.progress import Progress
+from fvtitan.data.clips import Bucket, parse_buckets, plan_clip
 from fvtitan.data.latent_cache import FORMAT_VERSION, fingerprint, read_jsonl, shard_bytes, stack_text, text_key
-from fvtitan.data.listing import Record, list_prompts, list_records
-from fvtitan.data.video import Isolated, VideoError, VideoLimits, read_video
+from fvtitan.data.listing import (
+    CAPTION_KEYS,
+    FILE_KEYS,
+    LIST_SUFFIXES,
+    Keys,
+    Record,
+    data_root,
+    list_prompts,
+    list_records,
+)
+from fvtitan.data.video import Isolated, VideoError, VideoLimits, probe_video, read_video
 from fvtitan.distributed.utils import close_distributed, on_rank_zero
 from fvtitan.errors import UserError, cli
 
 SHARD_SAMPLES = 64
 # Small clips are encoded up to 8 at a time; one of 81 x 480 x 832 fills a VAE by itself.
 ENCODE_BATCH, ENCODE_PIXELS = 8, 2**23
+NO_VIDEOS = "no videos in it (metadata.jsonl or .csv, or clip.mp4 beside clip.txt)"
+# Options that only these read.
+CHECK_OPTIONS = ("batch_size", "max_loss_share", "contact_sheet")
+MAKE_OPTIONS = ("model", "device", "negative_prompt", "max_bad_fraction", "overwrite")
+# What `--check` writes; a cache may be made beside it.
+LEDGER_FILES = re.compile(r"ledger\.(jsonl|csv)|contact_sheet-\d+\.png")
 # What a cache is made from: the option, and what lies there.
 SOURCES = {"data": "videos or captions", "prompts": "prompts"}
-VIDEO_OPTIONS = ("width", "height", "num_frames", "fps", *(limit.name for limit in dataclasses.fields(VideoLimits)))
+LIMITS = tuple(limit.name for limit in dataclasses.fields(VideoLimits))
+CUTTING = ("width", "height", "num_frames", "buckets", "spans", "fps", *LIMITS)
+VIDEO_OPTIONS = (*CUTTING, "file_key")
 # Wan's default negative prompt, as published with the model.
 WAN_NEGATIVE_PROMPT = (
     "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，"
@@ -52,7 +77,10 @@ WAN_NEGATIVE_PROMPT = (
 
 @dataclass(frozen=True)
 class PreprocessConfig:
-    """What `python -m fvtitan.preprocess` does; its options have the same names. Either `data` or `prompts` is empty."""
+    """What `python -m fvtitan.preprocess` does; its options have the same names. Either `data` or `prompts` is empty.
+
+    `buckets`, as `parse_buckets` reads them, take the place of width, height and num_frames; empty: these are the only one.
+    """
 
     data: str
     model: str
@@ -61,7 +89,11 @@ class PreprocessConfig:
     width: int = 832
     height: int = 480
     num_frames: int = 81
+    buckets: str = ""
+    spans: int = 1
     fps: int = 16
+    file_key: str = ""
+    caption_key: str = ""
     negative_prompt: str = WAN_NEGATIVE_PROMPT
     max_bad_fraction: float = 0.1
     overwrite: bool = False
@@ -72,6 +104,22 @@ class PreprocessConfig:
     def unit(self) -> str:
         """What progress and errors count."""
         return "prompts" if self.prompts else "files"
+
+    @property
+    def sizes(self) -> tuple[Bucket, ...]:
+        """The buckets of clips."""
+        return parse_buckets(self.buckets) if self.buckets else (Bucket(self.width, self.height, self.num_frames),)
+
+    @property
+    def keys(self) -> Keys:
+        """How lists name their fields."""
+        file, caption = (self.file_key,) if self.file_key else FILE_KEYS, (self.caption_key,)
+        return Keys(file, caption if self.caption_key else CAPTION_KEYS)
+
+    @property
+    def shard_records(self) -> int:
+        """Files or prompts of a shard; each may be as many samples as it has spans."""
+        return max(1, SHARD_SAMPLES // self.spans)
 
     def check(self) -> None:
         if bool(self.data) == bool(self.prompts):
@@ -90,22 +138,21 @@ class PreprocessConfig:
             raise UserError(f"--prompts {path}: {found}; need a file with one prompt a line (videos: --data)")
 
     def _check_data(self) -> None:
-        if self.num_frames < 1 or self.num_frames % 4 != 1:
-            below = max(1, (self.num_frames - 1) // 4 * 4 + 1)
-            raise UserError(f"--num-frames {self.num_frames}: must be 4n + 1; nearest: {below} or {below + 4}")
-        for name in ("width", "height"):
-            value = getattr(self, name)
-            if value < 16 or value % 16:
-                below = max(16, value // 16 * 16)
-                raise UserError(f"--{name} {value}: must be a multiple of 16; nearest: {below} or {below + 16}")
+        for bucket in self.sizes:
+            bucket.check(("--width", "--height", "--num-frames"))
+        if not 1 <= self.spans <= SHARD_SAMPLES:
+            raise UserError(f"--spans {self.spans}: must be in 1 .. {SHARD_SAMPLES}; longer videos: split them before")
         if self.fps < 1:
             raise UserError(f"--fps {self.fps}: must be >= 1")
         self.limits.check()
-        if not Path(self.data).is_dir():
-            raise UserError(f"--data {self.data}: no such folder")
+        data, kinds = Path(self.data), " or ".join(LIST_SUFFIXES)
+        if not data.is_dir() and not (data.is_file() and data.suffix.lower() in LIST_SUFFIXES):
+            found = f"not a {kinds} file" if data.is_file() else f"no such folder or {kinds} file"
+            raise UserError(f"--data {self.data}: {found}")
 
 
-def _sha256(path: Path) -> str:
+def file_sha256(path: Path) -> str:
+    """Of a file's bytes, in hexadecimal."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(2**20):
@@ -122,14 +169,14 @@ def build_contract(cfg: PreprocessConfig, records: list[Record]) -> dict[str, An
     folder = pipeline_folder(cfg.model, *parts)
     listing = hashlib.sha256()
     for record in records:
-        listing.update(json.dumps(dataclasses.astuple(record)).encode())
+        listing.update(json.dumps([record.file, record.caption, record.problem, record.identity]).encode())
     content, hashes = listing.hexdigest(), {part: component_hash(folder / part) for part in parts}
     encoders = {"text_len": pipeline_text_len(folder), **hashes}
     if cfg.prompts:
         return {"prompts": content, "size": None, "negative_prompt": cfg.negative_prompt, "encoders": encoders}
     return {
         "data": content,
-        "size": {"width": cfg.width, "height": cfg.height, "num_frames": cfg.num_frames, "fps": cfg.fps},
+        "size": _size(cfg),
         "limits": dataclasses.asdict(cfg.limits),
         "negative_prompt": cfg.negative_prompt,
         "pixel_range": [-1, 1],
@@ -137,6 +184,14 @@ def build_contract(cfg: PreprocessConfig, records: list[Record]) -> dict[str, An
         "encoders": encoders,
         "decoder": f"PyAV {importlib.metadata.version('av')}",
     }
+
+
+def _size(cfg: PreprocessConfig) -> dict[str, Any]:
+    """How videos are cut: one size, or several; and at most how many spans of one, where that is not 1."""
+    sizes = cfg.sizes
+    one = dataclasses.asdict(sizes[0])
+    spans = {"spans": cfg.spans} if cfg.spans > 1 else {}
+    return (one if len(sizes) == 1 else {"buckets": [str(bucket) for bucket in sizes]}) | {"fps": cfg.fps} | spans
 
 
 def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
@@ -180,7 +235,9 @@ def _adopt_folder(cfg: PreprocessConfig, contract: dict[str, Any]) -> bool:
                 "make it again"
             )
         return (output / "manifest.json").is_file()
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+    if output.exists() and (
+        not output.is_dir() or any(not LEDGER_FILES.fullmatch(path.name) for path in output.iterdir())
+    ):
         raise UserError(f"--output {output} exists and is not a cache of ours: use another folder")
     output.mkdir(parents=True, exist_ok=True)
     write_atomic(recorded, json.dumps(contract, indent=2, ensure_ascii=False) + "\n")
@@ -218,8 +275,8 @@ def _write_shard(
     if cfg.prompts:
         lines, tensors = [_prompt_line(name, record) for record in records], {}
     else:
-        with Isolated(read_video, cfg.limits) as read:
-            lines, tensors = _encode_videos(name, records, cfg, vae, read, report)
+        with Isolated(probe_video, cfg.limits) as probe, Isolated(read_video, cfg.limits) as read:
+            lines, tensors = _encode_videos(name, records, cfg, vae, probe, read, report)
     captions = sorted({line["caption"] for line in lines if "caption" in line})
     for start in range(0, len(captions), ENCODE_BATCH):
         batch = captions[start : start + ENCODE_BATCH]
@@ -237,42 +294,52 @@ def _write_shard(
 
 
 def _encode_videos(
-    name: str, records: list[Record], cfg: PreprocessConfig, vae, read: Isolated, report: Callable[[int], None]
+    name: str,
+    records: list[Record],
+    cfg: PreprocessConfig,
+    vae,
+    probe: Isolated,
+    read: Isolated,
+    report: Callable[[int], None],
 ) -> tuple[list[dict[str, Any]], dict[str, torch.Tensor]]:
     """A line for each record of the shard `name`, and the latents of the usable ones."""
-    root = Path(cfg.data)
-    size = {"num_frames": cfg.num_frames, "height": cfg.height, "width": cfg.width}
-    encode_batch = max(1, min(ENCODE_BATCH, ENCODE_PIXELS // (cfg.num_frames * cfg.height * cfg.width)))
+    root = data_root(Path(cfg.data))
     tensors: dict[str, torch.Tensor] = {}
     lines: list[dict[str, Any]] = []
-    pending: list[tuple[str, torch.Tensor]] = []
+    pending: dict[Bucket, list[tuple[str, torch.Tensor]]] = {}
 
-    def flush() -> None:
-        if not pending:
-            return
-        pixels = torch.stack([frames for _, frames in pending]).permute(0, 1, 4, 2, 3).float() / 127.5 - 1
-        for (key, _), latents in zip(pending, vae.encode(pixels), strict=True):
+    def flush(bucket: Bucket) -> None:
+        keys, clips = zip(*pending.pop(bucket), strict=True)
+        pixels = torch.stack(clips).permute(0, 1, 4, 2, 3).float() / 127.5 - 1
+        for key, latents in zip(keys, vae.encode(pixels), strict=True):
             tensors[key] = latents.to(torch.bfloat16).cpu().contiguous()
-        report(len(pending))
-        pending.clear()
 
     for position, record in enumerate(records):
-        problem = record.problem
-        if not problem:
-            try:
-                frames = read(root / record.file, **size, fps=cfg.fps)
-                key = f"latents.{position:05d}"
-                lines.append(_sample_line(name, record, key, _sha256(root / record.file)))
-                pending.append((key, frames))
-            except VideoError as error:
-                problem = str(error)
+        problem, done, source = record.problem, len(lines), ""
+        try:
+            plan = None if problem else plan_clip(probe(root / record.file), cfg.sizes, fps=cfg.fps, spans=cfg.spans)
+            for start in plan.starts if plan else ():
+                bucket, key = plan.bucket, f"latents.{position:05d}" + (f".{start:07d}" if start else "")
+                frames = read(root / record.file, **dataclasses.asdict(bucket), fps=cfg.fps, start=start)
+                source = source or file_sha256(root / record.file)
+                lines.append(_sample_line(name, record, key, source, start))
+                pending.setdefault(bucket, []).append((key, frames))
+                if len(pending[bucket]) == _encode_batch(bucket):
+                    flush(bucket)
+        except VideoError as error:
+            problem = str(error)
         if problem:
-            lines.append(_skipped_line(record.file, problem))
-            report(1)
-        if len(pending) == encode_batch:
-            flush()
-    flush()
-    return lines, tensors
+            lines[done:] = [_skipped_line(record.file, problem)]  # damaged further on: none of its spans is used
+        report(1)
+    for bucket in list(pending):
+        flush(bucket)
+    used = {line["key"] for line in lines if "key" in line}
+    return lines, {key: latents for key, latents in tensors.items() if key in used}
+
+
+def _encode_batch(bucket: Bucket) -> int:
+    """How many clips the VAE takes at once."""
+    return max(1, min(ENCODE_BATCH, ENCODE_PIXELS // (bucket.num_frames * bucket.height * bucket.width)))
 
 
 def _prompt_line(name: str, record: Record) -> dict[str, Any]:
@@ -282,10 +349,12 @@ def _prompt_line(name: str, record: Record) -> dict[str, Any]:
     return _sample_line(name, record, text_key(record.caption), source)
 
 
-def _sample_line(shard: str, record: Record, key: str, source_sha256: str) -> dict[str, Any]:
-    """The shape is filled in when the tensor `key` is there."""
-    line = {"sample_id": record.file, "caption": record.caption, "shard": shard}
-    return line | {"key": key, "shape": [], "source_sha256": source_sha256}
+def _sample_line(shard: str, record: Record, key: str, source_sha256: str, start: int = 0) -> dict[str, Any]:
+    """The shape is filled in when the tensor `key` is there. A span that begins later says at which frame of the cache's
+    rate."""
+    line = {"sample_id": f"{record.file}#{start}" if start else record.file, "caption": record.caption, "shard": shard}
+    line |= {"key": key, "shape": [], "source_sha256": source_sha256}
+    return line | ({"start": start} if start else {})
 
 
 def _skipped_line(file: str, reason: str) -> dict[str, Any]:
@@ -306,9 +375,10 @@ def _commit(cfg: PreprocessConfig, contract: dict[str, Any], num_shards: int, ig
     unused = [_skipped_line(record.file, record.problem) for record in ignored]
     write_atomic(output / "samples.jsonl", _jsonl(samples))
     write_atomic(output / "skipped.jsonl", _jsonl(skipped + unused))
-    bad, total = len(skipped), len(lines)
+    bad = len(skipped)
+    total = bad + sum("start" not in sample for sample in samples)
     if not total:
-        raise UserError(f"--data {cfg.data}: no videos in it (metadata.jsonl, or clip.mp4 beside clip.txt)")
+        raise UserError(f"--data {cfg.data}: {NO_VIDEOS}")
     if not samples or bad > cfg.max_bad_fraction * total:
         limit = f", more than --max-bad-fraction {cfg.max_bad_fraction:g}" if samples else ""
         first = f"{skipped[0]['file']}: {skipped[0]['reason']}"
@@ -355,7 +425,9 @@ def preprocess(cfg: PreprocessConfig) -> None:
 
     def plan() -> tuple[list[Record], list[Record], dict[str, Any], bool]:
         source = Path(cfg.prompts or cfg.data)
-        records, ignored = (list_prompts(source), []) if cfg.prompts else list_records(source, exclude=output)
+        records, ignored = (
+            (list_prompts(source, cfg.keys), []) if cfg.prompts else list_records(source, output, cfg.keys)
+        )
         contract = build_contract(cfg, records)
         return records, ignored, contract, _adopt_folder(cfg, contract)
 
@@ -365,13 +437,13 @@ def preprocess(cfg: PreprocessConfig) -> None:
             print(f"{output}: finished before, nothing to do", flush=True)
         return
 
-    num_shards = -(-len(records) // SHARD_SAMPLES)
+    num_shards = -(-len(records) // cfg.shard_records)
     todo = [number for number in range(rank, num_shards, world) if not _is_whole(output / _shard_name(number))]
     need_prompts = rank == 0 and not (output / "prompts.safetensors").is_file()
     device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
     text_encoder = TextEncoder(cfg.model, device=device) if todo or need_prompts else None
     vae = VideoVAE(cfg.model, device=device) if todo and cfg.data else None
-    parts = {number: records[number * SHARD_SAMPLES : (number + 1) * SHARD_SAMPLES] for number in todo}
+    parts = {number: records[number * cfg.shard_records : (number + 1) * cfg.shard_records] for number in todo}
     progress = Progress(
         "preprocess", sum(map(len, parts.values())), cfg.unit + (" of this rank" if world > 1 else ""), quiet=rank != 0
     )
@@ -387,6 +459,32 @@ def preprocess(cfg: PreprocessConfig) -> None:
         print(f"{output}: {said}", flush=True)
 
 
+def check_options(args: dict[str, Any]) -> None:
+    """Raise `UserError` for options, as they were given, that would not be read, or that are missing."""
+
+    def refuse(names: Iterable[str], why: str) -> None:
+        useless = [f"--{name.replace('_', '-')}" for name in names if name in args]
+        if useless:
+            raise UserError(f"{', '.join(useless)}: {why}: leave out")
+
+    needed = ("model", "output")
+    if "prompts" in args:
+        refuse(VIDEO_OPTIONS, "for --data only, a cache of --prompts has no clips")
+        refuse(("check",), "says what becomes of videos; --prompts are all used as they are")
+    if "check" in args:
+        refuse(MAKE_OPTIONS, "for making a cache, and --check makes none")
+        needed = ("output",) if "contact_sheet" in args else ()
+    else:
+        refuse(CHECK_OPTIONS, "for --check only")
+    if "verify" in args:
+        refuse((*CUTTING, *MAKE_OPTIONS[2:]), "--verify takes it from the cache")
+    if "buckets" in args:
+        refuse(("width", "height", "num_frames"), "--buckets say the sizes")
+    for name in needed:
+        if name not in args:
+            raise UserError(f"--{name} is needed")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m fvtitan.preprocess",
@@ -395,10 +493,18 @@ def main() -> None:
         argument_default=argparse.SUPPRESS,  # what is parsed is what was given; the defaults are PreprocessConfig's
     )
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--data", help="folder with metadata.jsonl, or clip.mp4 beside clip.txt")
-    source.add_argument("--prompts", help="text file with one prompt a line, or .jsonl: a cache without latents")
-    parser.add_argument("--model", required=True, help='pipeline in diffusers layout: folder, hub id, or "tiny-wan"')
-    parser.add_argument("--output", required=True, help="cache folder to make, or to finish")
+    source.add_argument(
+        "--data", help="folder with metadata.jsonl or .csv, or clip.mp4 beside clip.txt; a .jsonl or .csv"
+    )
+    source.add_argument("--prompts", help="text with one prompt a line, .jsonl or .csv: a cache without latents")
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--check", action="store_true", help="make nothing: say what becomes of every file of --data")
+    instead.add_argument("--verify", type=int, metavar="K", help="make K random samples of a cache again and compare")
+    parser.add_argument("--model", help='pipeline in diffusers layout: folder, hub id, or "tiny-wan"')
+    parser.add_argument(
+        "--output", help="cache folder to make, to finish, or to verify; with --check: where the ledger goes"
+    )
+    parser.add_argument("--caption-key", help=f"the captions' name in a .jsonl or .csv ({', '.join(CAPTION_KEYS)})")
     parser.add_argument("--negative-prompt", help="default: Wan's own")
     parser.add_argument("--max-bad-fraction", type=float, help="more unusable files or prompts are an error (0.1)")
     parser.add_argument("--overwrite", action="store_true", help="replace a cache made under another contract")
@@ -407,7 +513,10 @@ def main() -> None:
     clips.add_argument("--width", type=int, help="pixels, a multiple of 16 (default 832)")
     clips.add_argument("--height", type=int, help="pixels, a multiple of 16 (default 480)")
     clips.add_argument("--num-frames", type=int, help="frames of a clip, 4n + 1 (default 81)")
+    clips.add_argument("--buckets", help="instead of these, several sizes: 832x480x81,480x832x81,832x480x33")
+    clips.add_argument("--spans", type=int, help="most samples made of one video, one after another (default 1)")
     clips.add_argument("--fps", type=int, help="frame rate that videos are resampled to (default 16)")
+    clips.add_argument("--file-key", help=f"the paths' name in a .jsonl or .csv ({', '.join(FILE_KEYS)})")
     default = VideoLimits()
     clips.add_argument("--max-bytes", type=int, help=f"largest file read ({default.max_bytes})")
     clips.add_argument("--max-seconds", type=float, help=f"longest video read ({default.max_seconds:g})")
@@ -416,10 +525,19 @@ def main() -> None:
     clips.add_argument(
         "--max-read-seconds", type=float, help=f"longest time that reading a file takes ({default.max_read_seconds:g})"
     )
+    ledger = parser.add_argument_group("only with --check")
+    ledger.add_argument("--batch-size", type=int, help="training.global_batch_size, to count batches (default 1)")
+    ledger.add_argument(
+        "--max-loss-share", type=float, help="a larger unused share of clips or seconds is an error (0.1)"
+    )
+    ledger.add_argument(
+        "--contact-sheet", action="store_true", help="pictures of the videos' first frames, into --output"
+    )
     args = vars(parser.parse_args())
-    useless = [f"--{name.replace('_', '-')}" for name in VIDEO_OPTIONS if name in args and "prompts" in args]
-    if useless:
-        raise UserError(f"{', '.join(useless)}: for --data only, a cache of --prompts has no clips: leave out")
+    check_options(args)
+    check, verify = args.pop("check", False), args.pop("verify", None)
+    loss = {"batch_size": 1, "max_loss_share": 0.1, "contact_sheet": False}
+    loss = {name: args.pop(name, default) for name, default in loss.items()}
     limits = {limit.name: args.pop(limit.name) for limit in dataclasses.fields(VideoLimits) if limit.name in args}
     distributed = int(os.environ.get("WORLD_SIZE", 1)) > 1
     if distributed:
@@ -427,7 +545,17 @@ def main() -> None:
         if torch.cuda.is_available():
             args["device"] = args.get("device") or f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
-        preprocess(PreprocessConfig(**{"data": "", **args}, limits=VideoLimits(**limits)))
+        cfg = PreprocessConfig(**{"data": "", "model": "", "output": "", **args}, limits=VideoLimits(**limits))
+        if check:
+            from fvtitan.data.ledger import check_data
+
+            check_data(cfg, **loss)
+        elif verify is not None:
+            from fvtitan.data.verify import verify_cache
+
+            verify_cache(cfg, verify)
+        else:
+            preprocess(cfg)
     finally:
         if distributed:
             close_distributed()

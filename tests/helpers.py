@@ -24,17 +24,23 @@ GEOMETRY = {"num_frames": 9, "height": 32, "width": 32, "fps": 16}
 
 
 def make_cache(
-    folder: Path, num_samples: int = 12, *, text_dim: int = 64, seed: int = 0, num_portrait: int = 0
+    folder: Path,
+    num_samples: int = 12,
+    *,
+    text_dim: int = 64,
+    seed: int = 0,
+    num_portrait: int = 0,
+    num_long: int = 0,
 ) -> Path:
     """A latent cache of random latents [3, 16, 4, 4] and embeddings, as preprocess would have written it.
 
-    The first `num_portrait` samples are [3, 16, 6, 4]: a second shape bucket.
+    The first `num_portrait` samples are [3, 16, 6, 4], the last `num_long` ones [5, 16, 4, 4]: buckets of their own.
     """
     folder.mkdir(parents=True)
     rng = torch.Generator().manual_seed(seed)
     tensors, samples, name = {}, [], "shard-00000.safetensors"
     for i in range(num_samples):
-        caption, shape = f"caption {i}", [3, 16, 6 if i < num_portrait else 4, 4]
+        caption, shape = f"caption {i}", [5 if i >= num_samples - num_long else 3, 16, 6 if i < num_portrait else 4, 4]
         tensors[f"latents.{i:05d}"] = torch.randn(shape, generator=rng).bfloat16()
         tensors[text_key(caption)] = torch.randn(3 + i % 5, text_dim, generator=rng).bfloat16()
         samples.append(
@@ -52,7 +58,10 @@ def make_cache(
     (folder / "prompts.safetensors").write_bytes(shard_bytes("prompts.safetensors", prompts))
     lines = "".join(json.dumps(sample) + "\n" for sample in samples)
     (folder / "samples.jsonl").write_text(lines)
-    contract = {"encoders": {"text_len": 32}, "size": GEOMETRY}
+    shapes = {tuple(sample["shape"]) for sample in samples}
+    buckets = [f"{8 * width}x{8 * height}x{4 * frames - 3}" for frames, _, height, width in sorted(shapes)]
+    size = {"buckets": buckets, "fps": 16} if len(buckets) > 1 else GEOMETRY
+    contract = {"encoders": {"text_len": 32}, "size": size}
     manifest = {
         "format_version": FORMAT_VERSION,
         "fingerprint": fingerprint(contract, samples),

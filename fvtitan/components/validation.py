@@ -185,10 +185,14 @@ class Validator:
         scores = summarise([judgement for _, judgement in everyone])
         return {f"judge{suffix}/{key}": value for key, value in scores.items()}, rows
 
-    def _batches(self, count: int) -> list[list[int]]:
-        """This data rank's batches of 0 .. count-1. All get equally many (an empty one repeats item 0 for company)."""
+    def _batches(self, count: int, shapes: Sequence[Sequence[int]] = ()) -> list[list[int]]:
+        """This data rank's batches of 0 .. count-1, each of one of their `shapes`. All ranks get equally many (an empty one
+        repeats item 0 for company)."""
         size = self.cfg.training.local_batch_size
-        batches = [list(range(start, min(start + size, count))) for start in range(0, count, size)]
+        groups: dict[tuple[int, ...], list[int]] = {}
+        for i in range(count):
+            groups.setdefault(tuple(shapes[i]) if shapes else (), []).append(i)
+        batches = [group[start : start + size] for group in groups.values() for start in range(0, len(group), size)]
         rank, world = self.data_rank, self.data_world
         rounds = -(-len(batches) // world)
         return [batches[i] if i < len(batches) else [] for i in range(rank, rounds * world, world)]
@@ -227,7 +231,7 @@ class Validator:
         quantiles = (torch.arange(NUM_QUANTILES) + 0.5) / NUM_QUANTILES
         levels = sample_sigma(quantiles, self.cfg.schedule).tolist()
         losses = torch.zeros(count, NUM_QUANTILES, dtype=torch.float64)
-        for batch in self._batches(count):
+        for batch in self._batches(count, [sample["shape"] for sample in cache.samples[:count]]):
             clips = [cache[i] for i in batch or [0]]
             x0 = torch.stack([clip["latents"] for clip in clips]).to(self.device, torch.float32)
             noise = torch.stack(

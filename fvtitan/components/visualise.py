@@ -1,4 +1,4 @@
-"""Pictures of videos: animated GIFs for TensorBoard and contact sheets (one row a prompt, time to the right)."""
+"""Pictures of videos: animated GIFs for TensorBoard, contact sheets (one row a prompt, time to the right), first frames."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import io
 import re
 import textwrap
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ _MARGIN = 6
 _TEXT = 14  # font size in pixels
 _LINE = 18
 _SMALLEST_CELL = 96  # tiny frames are enlarged to about this many pixels, by a whole factor
+_THUMBNAIL, _COLUMNS = 216, 6  # pixels of a thumbnail's longer side; thumbnails in a row
 
 
 def _frames_array(frames: Tensor | np.ndarray) -> np.ndarray:
@@ -109,3 +111,52 @@ def _strip(frames: np.ndarray, columns: int, times: Sequence[int] | None, font: 
         strip.paste(Image.fromarray(image).resize(cell, Image.Resampling.NEAREST), (left, 0))
         draw.text((left + 2, cell[1] + 1), str(time), fill="gray", font=font)
     return strip
+
+
+@dataclass(frozen=True)
+class Thumbnail:
+    """A picture uint8 `[H, W, 3]` shown as `size` (width, height) says, of which `kept`, centred shares of width and height
+    (None: nothing), is used."""
+
+    label: str
+    picture: Tensor
+    size: tuple[int, int]
+    kept: tuple[float, float] | None
+
+
+def thumbnail_sheet(thumbnails: Sequence[Thumbnail], path: str | Path) -> None:
+    """Write a PNG of pictures in rows, each above the lines of its label, what is not kept of it darkened."""
+    font = ImageFont.load_default(_TEXT - 3)
+    cell = (_THUMBNAIL + _MARGIN, _THUMBNAIL + 2 * _LINE + _MARGIN)
+    columns, rows = min(_COLUMNS, len(thumbnails)), -(-len(thumbnails) // _COLUMNS)
+    sheet = Image.new("RGB", (columns * cell[0] + _MARGIN, rows * cell[1] + _MARGIN), "white")
+    draw = ImageDraw.Draw(sheet)
+    for number, thumbnail in enumerate(thumbnails):
+        left, top = (
+            _MARGIN + index * size for index, size in zip(reversed(divmod(number, _COLUMNS)), cell, strict=True)
+        )
+        scale = _THUMBNAIL / max(thumbnail.size)
+        width, height = (max(1, round(scale * side)) for side in thumbnail.size)
+        image = Image.fromarray(thumbnail.picture.numpy()).resize((width, height), Image.Resampling.BICUBIC)
+        dark = image.point(lambda value: value // 4)
+        if thumbnail.kept is not None:
+            inset = [
+                round(side * (1 - min(1.0, kept)) / 2)
+                for side, kept in zip((width, height), thumbnail.kept, strict=True)
+            ]
+            box = (inset[0], inset[1], width - inset[0], height - inset[1])
+            dark.paste(image.crop(box), box[:2])
+        sheet.paste(dark, (left, top))
+        for line, text in enumerate(thumbnail.label.split("\n")[:2]):
+            draw.text((left, top + height + line * _LINE), _fitting(text, font), fill="black", font=font)
+    out = io.BytesIO()
+    sheet.save(out, "PNG")
+    write_atomic(path, out.getvalue())
+
+
+def _fitting(text: str, font: ImageFont.FreeTypeFont) -> str:
+    """A text cut so that it is no wider than a thumbnail."""
+    text = "".join(c if c.isprintable() else "?" for c in text)
+    while font.getlength(text) > _THUMBNAIL:
+        text = text[: max(1, int(len(text) * _THUMBNAIL / font.getlength(text)) - 3)] + ".."
+    return text

@@ -32,7 +32,7 @@ from fvtitan.components.files import inside, open_safetensors
 from fvtitan.errors import UserError, shortened
 
 FORMAT_VERSION = 1
-GEOMETRY = {"num_frames", "height", "width", "fps"}  # of the contract's size
+GEOMETRY = {"num_frames", "height", "width", "fps"}  # of the contract's size, when it is one
 REBUILD = (
     "make it again with `python -m fvtitan.preprocess --data DIR (or --prompts FILE) --model PIPELINE --output CACHE "
     "--overwrite`"
@@ -216,6 +216,9 @@ class LatentCache(Dataset):
         contract = manifest["contract"] if isinstance(manifest["contract"], dict) else {}
         size = contract.get("size", "")
         whole = size is None or (isinstance(size, dict) and GEOMETRY <= size.keys())  # None: a cache of prompts
+        if isinstance(size, dict) and "buckets" in size:
+            buckets = size["buckets"]
+            whole = "fps" in size and isinstance(buckets, list) and all(isinstance(b, str) for b in buckets)
         if not (whole and "encoders" in contract and isinstance(manifest["shards"], dict)):
             raise _damaged(path, "contract.encoders, contract.size or shards are not what is written there")
         return manifest
@@ -275,8 +278,16 @@ def _check_sample(sample: Any, where: str) -> None:
 
 
 def check_cache_geometry(cache: LatentCache, *, num_frames: int, height: int, width: int, fps: int) -> None:
-    """Raise `UserError` when the clips of a cache that has latents are not of the size that [data] says."""
+    """Raise `UserError` when the clips of a cache that has latents are not of the size that [data] says; of several sizes, when
+    none is: it is the one that validation samples."""
     size = cache.manifest["contract"]["size"]
+    if "buckets" in size:
+        if f"{width}x{height}x{num_frames}" not in size["buckets"]:
+            raise UserError(
+                f"data.width, height and num_frames are {width}x{height}x{num_frames}, which is no bucket of the cache "
+                f"{cache.path}: give one of {', '.join(size['buckets'])}, the one that validation samples"
+            )
+        size = {"num_frames": num_frames, "height": height, "width": width, "fps": size["fps"]}
     for key, value in (("num_frames", num_frames), ("height", height), ("width", width), ("fps", fps)):
         if size[key] != value:
             raise UserError(f"data.{key} = {value}, but the cache {cache.path} was made with {key} = {size[key]}")

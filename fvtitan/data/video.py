@@ -5,14 +5,16 @@ Files from outside are read `Isolated`: in a process that ends when the decoder 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import dataclasses
 import json
+import math
 import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from multiprocessing.connection import Connection
@@ -28,6 +30,8 @@ from fvtitan.errors import UserError
 
 # Containers that are read; playlists and the like could point to other files.
 FORMATS = "mov,mp4,matroska,webm,avi,mpegts,mpeg,flv,ogg,asf,gif"
+# Decoded frames of these carry the time stamps of decoding; only these others can be sought in without losing them.
+UNTIMED, INDEXED = ("avi",), ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")
 # Seconds. Matroska rounds time stamps to milliseconds, that of the first frame too.
 TIME_TOLERANCE = 1.1e-3
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -65,13 +69,40 @@ def _over(limit: str, limits: VideoLimits, what: str) -> VideoError:
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """What a container says about its first video stream: the size as stored (before a rotation that its metadata may ask
-    for) and the exact number of frames, counted by demuxing without decoding."""
+    """What is known of a file's first video stream from its packets and its first picture.
+
+    `width` x `height` is the size as shown: rotated as the metadata asks (`rotation`, degrees counter-clockwise) and with
+    square pixels (stored ones are `pixel_aspect` times as wide as high). `times` are the seconds at which the frames appear,
+    the first at 0, in the order shown; `start` is the time stamp of the first. `container` is FFmpeg's name of the format.
+    """
 
     width: int
     height: int
-    num_frames: int
-    seconds: float
+    rotation: int
+    pixel_aspect: float
+    container: str
+    start: float
+    times: Sequence[float]
+
+    @property
+    def num_frames(self) -> int:
+        return len(self.times)
+
+    @property
+    def seconds(self) -> float:
+        """How long it lasts: the last frame stays on screen as long as the one before it did."""
+        last = self.times[-1]
+        return last + (last - self.times[-2] if len(self.times) > 1 else 0.0)
+
+    @property
+    def fps(self) -> float:
+        """The mean frame rate; 0 of a single frame."""
+        return (len(self.times) - 1) / self.times[-1] if len(self.times) > 1 else 0.0
+
+    def frames_at(self, fps: int) -> np.ndarray:
+        """Which frame is on screen at k / fps, for every k before the end: int64 `[N]`, ascending."""
+        count = max(1, math.ceil((self.seconds - TIME_TOLERANCE) * fps))
+        return np.searchsorted(self.times, np.arange(count) / fps + TIME_TOLERANCE, side="right") - 1
 
 
 class VideoWriter:
@@ -173,26 +204,58 @@ def _open(path: Path, limits: VideoLimits):
 
 
 def probe_video(path: str | Path, limits: VideoLimits = VideoLimits()) -> VideoInfo:  # noqa: B008 (frozen)
-    """Size, exact frame count and duration, without decoding. Raises `VideoError`."""
+    """Size and exact frame times by demuxing; only the first picture is decoded, which alone knows how it is rotated.
+
+    Raises `VideoError`.
+    """
     import av
 
     container, stream = _open(Path(path), limits)
+    stream.thread_type = "NONE"  # threads would want more packets before they give the first picture
+    stamps: list[int] = []
+    first = None
     with container:
         try:
-            packets = [packet for packet in container.demux(stream) if packet.size]
+            for packet in container.demux(stream):
+                if first is None:
+                    first = next(iter(packet.decode()), None)
+                stamp = packet.dts if packet.pts is None else packet.pts  # some streams have no pts
+                if packet.size and stamp is not None and not packet.is_discard:  # an edit list hides some
+                    stamps.append(stamp)
+                if len(stamps) > limits.max_frames:
+                    raise _over("max_frames", limits, f"the file has {len(stamps)} frames and is not at its end")
         except (av.FFmpegError, OSError) as error:
             raise VideoError(f"damaged: {error}") from None
-        shown = [(p.pts if p.pts is not None else p.dts, p.duration or 0) for p in packets]  # some streams have no pts
-        spans = [(start, start + length) for start, length in shown if start is not None]
-        ticks = max(end for _, end in spans) - min(start for start, _ in spans) if spans else 0
-        seconds = float(ticks * (stream.time_base or Fraction(0)))
-        return VideoInfo(stream.codec_context.width, stream.codec_context.height, len(packets), seconds)
+        if first is None or first.time is None:
+            raise VideoError(
+                "damaged: no frame could be decoded" if first is None else "a frame has no presentation time"
+            )
+        if first.is_corrupt:
+            raise VideoError("damaged: frame 0 cannot be decoded in full")
+        name = container.format.name
+        ordered = np.sort(stamps) if name in UNTIMED else np.unique(stamps)
+        times = ordered * float(stream.time_base) - first.time
+        times = times[times > -1e-6]  # leading frames of a stream that was cut cannot be decoded
+        if not len(times):
+            raise VideoError("a frame has no presentation time")
+        if times[-1] > limits.max_seconds:  # not every container says so at its beginning
+            raise _over("max_seconds", limits, f"the video lasts {times[-1]:.1f} s")
+        aspect = float(stream.sample_aspect_ratio or 1)
+        rotation = _rotation(first)
+        size = (max(1, round(first.width * aspect)), first.height)
+        width, height = size if rotation % 180 == 0 else size[::-1]
+        return VideoInfo(width, height, rotation, aspect, name, first.time, times.clip(0).tolist())
 
 
 def read_all_frames(path: str | Path, limits: VideoLimits = VideoLimits()) -> Tensor:  # noqa: B008 (frozen)
     """Every frame of a video as it is, uint8 `[T, H, W, 3]`. Raises `VideoError`."""
     frames = [_to_rgb(frame) for _, frame in _decode(Path(path), limits)]
     return torch.from_numpy(np.stack(frames))
+
+
+def read_first_frame(path: str | Path, limits: VideoLimits = VideoLimits()) -> Tensor:  # noqa: B008 (frozen)
+    """The first frame as shown (rotated, but with the pixels as stored), uint8 `[H, W, 3]`. Raises `VideoError`."""
+    return torch.from_numpy(_to_rgb(next(iter(_decode(Path(path), limits)))[1]))
 
 
 def read_video(
@@ -202,42 +265,60 @@ def read_video(
     height: int,
     width: int,
     fps: int,
+    start: int = 0,
     limits: VideoLimits = VideoLimits(),  # noqa: B008 (frozen)
 ) -> Tensor:
-    """The first `num_frames` (4n + 1) frames at `fps`, resized and centre-cropped: uint8 `[T, H, W, 3]`.
+    """`num_frames` (4n + 1) frames at `fps` from number `start` on, resized and centre-cropped: uint8 `[T, H, W, 3]`.
 
     Frame k is the one on screen at time k / fps after the first frame, by presentation time stamps, so a variable frame
     rate is read right. Raises `VideoError` when the video is too short, damaged or over a limit.
     """
     if num_frames % 4 != 1:
         raise ValueError(f"num_frames must be 4n + 1, got {num_frames}")
+    info = probe_video(path, limits)
+    wanted = info.frames_at(fps)[start:].tolist()[:num_frames]
+    if len(wanted) < num_frames:
+        raise VideoError(f"too short: {len(wanted)} frames at {fps} fps, {num_frames} are needed")
     chosen: list[np.ndarray] = []
-    previous, start, last, interval = None, None, 0.0, 0.0
-    for time, frame in _decode(Path(path), limits):
-        start = time if start is None else start
-        while previous is not None and len(chosen) < num_frames and len(chosen) / fps < time - start - TIME_TOLERANCE:
-            chosen.append(_fit(previous, height, width))
-        if len(chosen) == num_frames:
+    for index, frame in _decode_from(Path(path), limits, info, wanted[0]):
+        while index == wanted[len(chosen)]:
+            chosen.append(_fit(frame, height, width, info.pixel_aspect))
+            if len(chosen) == num_frames:
+                return torch.from_numpy(np.stack(chosen))
+        if index > wanted[len(chosen)]:
             break
-        if previous is not None:
-            interval = time - start - last
-        previous, last = frame, time - start
-    # The last frame stays on screen as long as the one before it did.
-    while previous is not None and len(chosen) < num_frames and len(chosen) / fps < last + interval - TIME_TOLERANCE:
-        chosen.append(_fit(previous, height, width))
-    if len(chosen) < num_frames:
-        raise VideoError(f"too short: {len(chosen)} frames at {fps} fps, {num_frames} are needed")
-    return torch.from_numpy(np.stack(chosen))
+    raise VideoError(f"damaged: frame {wanted[len(chosen)]} is in the file, but cannot be decoded")
 
 
-def _decode(path: Path, limits: VideoLimits):
-    """(time in seconds, frame) in presentation order."""
+def _decode_from(path: Path, limits: VideoLimits, info: VideoInfo, first: int):
+    """(number in `info.times`, frame) in presentation order, from the frame `first` on or from an earlier one."""
+    if info.container in UNTIMED:
+        yield from enumerate(frame for _, frame in _decode(path, limits))
+        return
+    times, seconds = np.asarray(info.times), info.start + info.times[first]
+    for begin in (seconds, None) if first and info.container in INDEXED else (None,):
+        for count, (time, frame) in enumerate(_decode(path, limits, begin)):
+            if begin is not None and not count and time > seconds + 1e-6:
+                break  # the container's index is wrong: from the beginning
+            index = int(np.searchsorted(times, time - info.start - 1e-6))
+            if index == len(times) or abs(times[index] - (time - info.start)) > 1e-6:
+                raise VideoError(f"damaged: the file lists no frame at {time:.3f} s, but has one")
+            yield index, frame
+        else:
+            return
+
+
+def _decode(path: Path, limits: VideoLimits, seconds: float | None = None):
+    """(time in seconds, frame) in presentation order, from the last key frame before `seconds` on."""
     import av
 
     container, stream = _open(path, limits)
     count = 0
     with container:
         try:
+            if seconds is not None:
+                with contextlib.suppress(av.FFmpegError):  # one that cannot be sought in is read from the beginning
+                    container.seek(int(seconds / stream.time_base), stream=stream)
             for frame in container.decode(stream):
                 if frame.width * frame.height > limits.max_pixels:
                     raise _over("max_pixels", limits, f"a frame has {frame.width * frame.height} pixels")
@@ -339,20 +420,26 @@ class Isolated:
                 pipe.send_bytes(result.contiguous().numpy().reshape(-1))
 
 
+def _rotation(frame) -> int:
+    """Degrees counter-clockwise by which a decoded frame is turned to be shown: 0, 90, 180 or 270."""
+    return round(getattr(frame, "rotation", 0) / 90) % 4 * 90  # phones record portrait as rotated landscape
+
+
 def _to_rgb(frame) -> np.ndarray:
-    image = frame.to_ndarray(format="rgb24")
-    turns = round(getattr(frame, "rotation", 0) / 90) % 4  # phones record portrait as rotated landscape
+    image, turns = frame.to_ndarray(format="rgb24"), _rotation(frame) // 90
     return np.rot90(image, turns).copy() if turns else image
 
 
-def _fit(frame, height: int, width: int) -> np.ndarray:
-    """Scale so that the frame covers height x width, then crop the centre."""
+def _fit(frame, height: int, width: int, pixel_aspect: float) -> np.ndarray:
+    """Scale so that the frame, with square pixels, covers height x width, then crop the centre."""
     from PIL import Image
 
     image = Image.fromarray(_to_rgb(frame))
-    scale = max(height / image.height, width / image.width)
-    if scale != 1:
-        size = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
+    wide, high = (pixel_aspect, 1.0) if _rotation(frame) % 180 == 0 else (1.0, pixel_aspect)
+    shown_width, shown_height = image.width * wide, image.height * high
+    scale = max(height / shown_height, width / shown_width)
+    size = (max(width, round(shown_width * scale)), max(height, round(shown_height * scale)))
+    if size != image.size:
         image = image.resize(size, Image.Resampling.BICUBIC, reducing_gap=None)
     left, top = (image.width - width) // 2, (image.height - height) // 2
     return np.asarray(image.crop((left, top, left + width, top + height)))

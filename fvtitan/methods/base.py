@@ -117,6 +117,13 @@ class TrainingMethod(nn.Module, ABC):
         """`[B, T, C, H, W]` of the videos that a batch trains on."""
         return batch["latents"].shape
 
+    def clip_config(self, batch: dict[str, Any]) -> JobConfig:
+        """The run's configuration with [data] of the size of a batch's clips: a cache may hold several."""
+        if not self.needs_latents(self.cfg):
+            return self.cfg
+        frames, _, height, width = self.latent_shape(batch)[1:]
+        return self.cfg.with_latent_size(frames, height, width)
+
     def description(self) -> str:
         """A line for the start of the run about what people get wrong; empty: nothing to say."""
         return ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from fvtitan.errors import UserError
 from fvtitan.methods import METHODS
 from fvtitan.methods.finetune import FineTuneMethod
 from fvtitan.preprocess import PreprocessConfig, preprocess
-from tests.helpers import make_cache, small_config
+from tests.helpers import causal_recipe, make_cache, small_config
 
 NUM_CLIPS = 600  # more than the 528 combinations of the train split
 
@@ -55,6 +56,17 @@ def test_latents_are_needed(prompt_cache, tmp_path):
     heldout = {"validation__enable": True, "validation__heldout_path": prompt_cache}
     with pytest.raises(UserError, match=r"validation\.heldout_path = .* without latents, and validation/loss needs"):
         prepare_data(small_config(videos, tmp_path / "run", **heldout))
+
+
+def test_every_bucket_has_whole_blocks(tmp_path):
+    videos = make_cache(tmp_path / "cache", num_portrait=4, num_long=4)
+    for blocks, problem in (
+        (1, ""),
+        (3, "data.path = .*cache' has clips of 17 frames; models.student: 5 latent frames"),
+    ):
+        recipe = causal_recipe(tmp_path, frames_per_block=blocks)
+        with pytest.raises(UserError, match=problem) if problem else contextlib.nullcontext():
+            prepare_data(small_config(videos, tmp_path / "run", job__config_file=recipe))
 
 
 def test_prompts_are_enough(prompts_only, prompt_cache, tmp_path):

@@ -17,7 +17,10 @@ from fvtitan.components.metrics import read_metrics
 from fvtitan.components.rng import fold
 from fvtitan.components.stops import read_status
 from fvtitan.config import load_config
+from fvtitan.data.dataloader import GlobalBatchSampler
+from fvtitan.data.latent_cache import LatentCache
 from fvtitan.flops import forward_flops, phase_flops
+from fvtitan.methods import METHODS
 from fvtitan.methods.dmd2 import DMD2Method
 from fvtitan.methods.finetune import FineTuneMethod
 from fvtitan.methods.passes import Pass
@@ -277,6 +280,51 @@ def test_keys_of_execution_may_change(cache, tmp_path):
     }
     assert train(small_arguments(cache, tmp_path / "split", **other)) == 0
     assert len(read_metrics(tmp_path / "split/metrics.jsonl")) == 4
+
+
+@pytest.mark.parametrize("method", ["finetune", "dfsft", "dmd2"])
+def test_a_cache_of_several_sizes(tmp_path, method):
+    """Every bucket is trained on, tokens and FLOPs are those of each phase's own clips, and the held-out loss does not depend
+    on which clips share a forward."""
+    mixed = make_cache(tmp_path / "cache", 15, num_portrait=4, num_long=5)
+    recipe = {"dfsft": causal_recipe(tmp_path), "finetune": ""}.get(method)
+    if recipe is None:
+        recipe = dmd2_recipe(tmp_path, student_update_interval=2, rollout="data")
+    keys = {
+        "training__global_batch_size": 4,
+        "checkpoint__enable": False,
+        "ema__enable": False,
+        "metrics__peak_tflops": 2.0,
+        "validation__enable": True,
+        "validation__num_prompts": 2,
+        "validation__sampling_steps": 2,
+        **({"job__config_file": recipe} if recipe else {}),
+        **({"validation__heldout_path": mixed, "validation__heldout_clips": 15} if method != "dmd2" else {}),
+    }
+    rows = {}
+    for local in (1, 4) if method == "finetune" else (2,):
+        arguments = small_arguments(mixed, tmp_path / f"run{local}", **keys, training__local_batch_size=local)
+        assert train(arguments) == 0
+        rows[local] = read_metrics(tmp_path / f"run{local}/metrics.jsonl")
+    losses = [rows[local][-1]["validation/loss"] for local in rows if method != "dmd2"]
+    assert losses == pytest.approx(losses[:1] * len(losses), rel=1e-5)
+    cfg, sizes, seen = load_config(arguments), dict.fromkeys(DMD2Method.roles, FLAVORS["tiny"]), set()
+    data = LatentCache(mixed)
+    order, number = GlobalBatchSampler(data.bucket_indices, 4, seed=0), 0
+    for row in rows[local]:
+        done = tokens = 0
+        for role in ("student", "critic")[row["step"] % 2 == 0 :] if method == "dmd2" else ("student",):
+            frames, _, height, width = data.bucket_shapes[order.batch(number).bucket]
+            number += 1
+            seen.add((frames, height))
+            rungs = [fold(cfg.training.seed, row["step"], role, "exit_rung") % 4] if method == "dmd2" else []
+            passes = METHODS[method].passes(cfg.with_latent_size(frames, height, width), role, rungs)
+            assert {p.num_frames for p in passes} == {frames}
+            done += 4 * phase_flops(cfg, passes, sizes, height, width).model
+            tokens += 4 * frames * height
+        assert row["perf/tokens_per_second"] * row["perf/step_seconds"] == pytest.approx(tokens)
+        assert 1e12 * row["perf/tflops_per_device"] * row["perf/step_seconds"] == pytest.approx(done, rel=1e-9)
+    assert seen == {(3, 4), (3, 6), (5, 4)}
 
 
 def test_flops_of_a_run(tmp_path, capsys):

@@ -263,6 +263,21 @@ def test_other_geometry_names_the_key(whole):
         check_cache_geometry(data, **{**GEOMETRY, "height": 64})
 
 
+def test_geometry_of_several_buckets(tmp_path):
+    data = LatentCache(make_cache(tmp_path / "cache", num_portrait=4, num_long=4))
+    assert data.bucket_shapes == [(3, 16, 4, 4), (3, 16, 6, 4), (5, 16, 4, 4)]
+    for size in ({}, {"height": 48}, {"num_frames": 17}):  # any of them
+        check_cache_geometry(data, **GEOMETRY | size)
+    with pytest.raises(
+        UserError,
+        match="data.width, height and num_frames are 32x48x17, which is no bucket of the cache .*: give one of 32x32x9, "
+        "32x48x9, 32x32x17, the one that validation samples",
+    ):
+        check_cache_geometry(data, **GEOMETRY | {"height": 48, "num_frames": 17})
+    with pytest.raises(UserError, match=r"data\.fps = 8, but the cache .* was made with fps = 16"):
+        check_cache_geometry(data, **GEOMETRY | {"fps": 8})
+
+
 def test_reading_needs_no_encoder_library(whole):
     code = (
         f"import sys; from fvtitan.data.latent_cache import LatentCache; LatentCache({str(whole)!r})[0]\n"

@@ -21,6 +21,7 @@ from fvtitan.data.video import (
     VideoLimits,
     probe_video,
     read_all_frames,
+    read_first_frame,
     read_video,
     write_video,
 )
@@ -154,6 +155,102 @@ def test_resize_covers_and_crops_the_centre(tmp_path):
     assert read.shape == (5, 32, 32, 3) and float(read[:, 3:-3].float().max()) < 40
     write_video(tmp_path / "odd.mp4", ramp(5, 50, 38), fps=16)
     assert read_video(tmp_path / "odd.mp4", num_frames=5, fps=16, **SIZE).shape == (5, 32, 32, 3)
+
+
+def write_stream(
+    path, codec: str, frames: torch.Tensor, fps: int = 16, *, aspect: int = 1, turn: int = 0, **options: str
+) -> None:
+    """Any container and codec; stored pixels `aspect` times as wide as high, shown turned by `turn` degrees."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=fps, options=options)
+        stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
+        stream.codec_context.sample_aspect_ratio = Fraction(aspect)
+        if turn:
+            stream.set_display_rotation(turn)
+        for image in frames.numpy():
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        container.mux(stream.encode())
+
+
+@pytest.mark.parametrize(
+    ("name", "codec", "options"),
+    [
+        ("a.mp4", "libx264", {"bf": "3", "g": "12"}),
+        ("a.mp4", "libx264", {"bf": "3", "g": "12", "b_strategy": "0", "x264-params": "open-gop=1"}),
+        ("a.mkv", "libx264", {"bf": "3", "g": "7"}),
+        ("a.avi", "libx264", {"bf": "3", "b_strategy": "0"}),  # its time stamps are not those of presentation
+        ("a.ts", "libx264", {"bf": "3", "g": "12"}),
+        ("a.mpg", "mpeg2video", {"bf": "2"}),
+        ("a.webm", "libvpx", {"auto-alt-ref": "1", "lag-in-frames": "16"}),
+        ("a.webm", "libvpx-vp9", {"auto-alt-ref": "1", "lag-in-frames": "16"}),
+        ("a.gif", "gif", {}),
+    ],
+)
+def test_later_spans_are_those_of_a_whole_reading(tmp_path, name, codec, options):
+    frames = ramp(80, step=1)
+    frames[:, 8:24, 4:20] += 60
+    frames = torch.stack([torch.roll(image, k, 1) for k, image in enumerate(frames)])  # B frames are for what moves
+    if codec == "gif":
+        write_gif(tmp_path / name, frames)
+    else:
+        write_stream(tmp_path / name, codec, frames, fps=25, **options)
+    whole, info = read_all_frames(tmp_path / name), probe_video(tmp_path / name)
+    on_screen = info.frames_at(16)
+    assert info.num_frames == len(whole) == 80 and len(on_screen) >= 51 and on_screen[-1] >= 78
+    for start in (0, 9, 23, len(on_screen) - 17):
+        read = read_video(tmp_path / name, num_frames=17, fps=16, start=start, **SIZE)
+        assert torch.equal(read, whole[on_screen[start : start + 17]])
+    with pytest.raises(VideoError, match="too short: 16 frames at 16 fps, 17 are needed"):
+        read_video(tmp_path / name, num_frames=17, fps=16, start=len(on_screen) - 16, **SIZE)
+
+
+def write_gif(path, frames: torch.Tensor) -> None:
+    """At 16.67 fps: its clock counts in hundredths."""
+    from PIL import Image
+
+    images = [Image.fromarray(frame) for frame in frames.numpy()]
+    images[0].save(path, save_all=True, append_images=images[1:], duration=60)
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.mkv"])
+def test_size_as_shown(tmp_path, name):
+    frames = ramp(5, 32, 64, step=0)
+    frames[:, :, :16], frames[:, :, 48:] = 250, 250
+    write_stream(tmp_path / name, "libx264", frames, turn=90, crf="8")
+    info = probe_video(tmp_path / name)
+    assert (info.width, info.height, info.rotation) == (32, 64, 90)
+    assert read_first_frame(tmp_path / name).shape == (64, 32, 3)
+    write_stream(tmp_path / name, "libx264", frames, aspect=2, crf="8")
+    info = probe_video(tmp_path / name)
+    assert (info.width, info.height, info.pixel_aspect) == (128, 32, 2.0)
+    # Shown 128 wide, the bright sides are 32 wide each: a crop of 64 leaves them out, one of 80 does not.
+    for width, dark in ((64, True), (80, False)):
+        read = read_video(tmp_path / name, num_frames=5, fps=16, height=32, width=width).float()
+        assert read.shape == (5, 32, width, 3) and (float(read[:, :, 2:-2].max()) < 60) == dark
+    write_stream(tmp_path / name, "libx264", frames, aspect=2, turn=270, crf="8")
+    info = probe_video(tmp_path / name)
+    assert (info.width, info.height, info.rotation) == (32, 128, 270)
+    assert float(read_video(tmp_path / name, num_frames=5, fps=16, height=64, width=32)[:, 2:-2].float().max()) < 60
+
+
+def test_what_an_edit_list_hides_is_not_there(tmp_path):
+    """A phone's trimmed clip holds more packets than it shows, at both ends."""
+    write_stream(tmp_path / "a.mp4", "libx264", ramp(40), g="40", bf="3", b_strategy="0")
+    content = bytearray((tmp_path / "a.mp4").read_bytes())
+    entry = content.index(b"elst") + 12  # of the only edit: duration in ms, beginning in 1/16384 s
+    duration, begin = (int.from_bytes(content[entry + i : entry + i + 4], "big") for i in (0, 4))
+    content[entry : entry + 8] = (duration // 2).to_bytes(4, "big") + (begin + 10 * 1024).to_bytes(4, "big")
+    (tmp_path / "a.mp4").write_bytes(content)
+    assert levels(read_all_frames(tmp_path / "a.mp4")) == list(range(10, 30))
+    assert probe_video(tmp_path / "a.mp4").num_frames == 20
+    assert levels(read_video(tmp_path / "a.mp4", num_frames=9, fps=16, start=4, **SIZE)) == list(range(14, 23))
+
+
+def test_a_picture_is_a_video_of_one_frame(tmp_path):
+    write_video(tmp_path / "a.mp4", ramp(1), fps=16)
+    assert read_video(tmp_path / "a.mp4", num_frames=1, fps=16, **SIZE).shape == (1, 32, 32, 3)
+    with pytest.raises(VideoError, match="too short: 1 frames at 16 fps, 5 are needed"):
+        read_video(tmp_path / "a.mp4", num_frames=5, fps=16, **SIZE)
 
 
 @pytest.mark.faults
@@ -360,3 +457,17 @@ def test_a_decoder_that_hangs_or_crashes_costs_the_file_only(tmp_path):
         process.join()
         assert read(tmp_path / "good").tolist() == [7]
     assert multiprocessing.active_children() == []
+
+
+def test_a_stream_that_does_not_say_how_long_it_is(tmp_path):
+    with av.open(str(tmp_path / "a.mkv"), "w", options={"live": "1"}) as container:
+        stream = container.add_stream("libx264", rate=16)
+        stream.width, stream.height, stream.pix_fmt = 32, 32, "yuv420p"
+        for image in ramp(40).numpy():
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        container.mux(stream.encode())
+    with av.open(str(tmp_path / "a.mkv")) as container:
+        assert container.duration is None
+    assert probe_video(tmp_path / "a.mkv").num_frames == 40
+    with pytest.raises(VideoError, match=r"lasts 2.4 s, more than the limit of 0.5"):
+        probe_video(tmp_path / "a.mkv", VideoLimits(max_seconds=0.5))

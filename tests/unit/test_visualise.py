@@ -7,7 +7,15 @@ import pytest
 import torch
 from PIL import Image
 
-from fvtitan.components.visualise import contact_sheet, gif_bytes, shown_times, thumbnail, video_name
+from fvtitan.components.visualise import (
+    Thumbnail,
+    contact_sheet,
+    gif_bytes,
+    shown_times,
+    thumbnail,
+    thumbnail_sheet,
+    video_name,
+)
 
 
 def moving_square(frames: int = 33, size: int = 64) -> torch.Tensor:
@@ -89,3 +97,23 @@ def test_a_thumbnail_keeps_the_picture():
 )
 def test_a_name_takes_nothing_but_letters_and_digits_of_the_prompt(prompt, name):
     assert video_name(7, prompt) == name
+
+
+def test_thumbnails_darken_what_is_cut_off(tmp_path):
+    picture = torch.full((40, 80, 3), 200, dtype=torch.uint8)
+    things = [
+        Thumbnail("wide.mp4\nhalf of it", picture, (80, 40), (0.5, 1.0)),
+        Thumbnail("tall.mp4", picture, (40, 80), (1.0, 0.25)),  # pixels that are not square
+        Thumbnail("unused.mp4\n" + 40 * "a long reason ", picture, (80, 40), None),
+        *[Thumbnail("more", picture, (80, 80), (1.0, 1.0))] * 4,
+    ]
+    thumbnail_sheet(things, tmp_path / "sheet.png")
+    image = np.asarray(Image.open(tmp_path / "sheet.png").convert("RGB")).astype(int)
+    left, top = 6, 6
+    wide = image[top : top + 108, left : left + 216, 0]
+    assert (wide[:, :52] == 50).all() and (wide[:, 56:160] == 200).all() and (wide[:, 164:] == 50).all()
+    tall = image[top : top + 216, left + 222 : left + 222 + 108, 0]
+    assert (tall[:78] == 50).all() and (tall[84:132] == 200).all() and (tall[138:] == 50).all()
+    assert (image[top : top + 108, left + 444 : left + 660, 0] == 50).all()
+    second_row = image[top + 216 + 36 + 6 :]
+    assert (second_row[:216, left : left + 216, 0] == 200).all() and image.shape[1] == 6 * 222 + 6
