@@ -59,6 +59,13 @@ class VideoLimits:
                 raise UserError(f"{_flag(name)} {value}: must be > 0")
 
 
+def _damaged(count: int, limits: VideoLimits, error: Exception) -> VideoError:
+    return VideoError(
+        f"damaged after {count} frames, or their size changed to more than {limits.max_pixels} pixels "
+        f"({_flag('max_pixels')}): {error}"
+    )
+
+
 def _flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
@@ -225,7 +232,7 @@ def probe_video(path: str | Path, limits: VideoLimits = VideoLimits()) -> VideoI
                 if len(stamps) > limits.max_frames:
                     raise _over("max_frames", limits, f"the file has {len(stamps)} frames and is not at its end")
         except (av.FFmpegError, OSError) as error:
-            raise VideoError(f"damaged: {error}") from None
+            raise _damaged(0 if first is None else len(stamps), limits, error) from None
         if first is None or first.time is None:
             raise VideoError(
                 "damaged: no frame could be decoded" if first is None else "a frame has no presentation time"
@@ -333,10 +340,7 @@ def _decode(path: Path, limits: VideoLimits, seconds: float | None = None):
                     raise _over("max_frames", limits, f"{count} frames were decoded and it is not at its end")
                 yield frame.time, frame
         except (av.FFmpegError, OSError) as error:
-            raise VideoError(
-                f"damaged after {count} frames, or their size changed to more than {limits.max_pixels} pixels "
-                f"({_flag('max_pixels')}): {error}"
-            ) from None
+            raise _damaged(count, limits, error) from None
     if not count:
         raise VideoError("damaged: no frame could be decoded")
 
