@@ -111,7 +111,6 @@ class SamplerContract:
 def contract_of(cfg: JobConfig, text_len: int) -> SamplerContract:
     """How the student of a run must be sampled: as its validation does it."""
     from fvtitan.methods import METHODS
-    from fvtitan.preprocess import WAN_NEGATIVE_PROMPT
 
     spec, data, student = METHODS[cfg.method.name].sampler(cfg), cfg.data, cfg.models["student"]
     contract = SamplerContract(
@@ -120,7 +119,7 @@ def contract_of(cfg: JobConfig, text_len: int) -> SamplerContract:
         sigmas=spec.sigmas,
         shift=cfg.schedule.shift,
         guidance_scale=spec.guidance_scale,
-        unconditional_prompt=WAN_NEGATIVE_PROMPT if data.uncond_prompt == "negative" else "",
+        unconditional_prompt=_negative_prompt(Path(data.path)) if data.uncond_prompt == "negative" else "",
         streaming=spec.streaming,
         context_noise=spec.context_noise,
         text_len=text_len,
@@ -132,6 +131,17 @@ def contract_of(cfg: JobConfig, text_len: int) -> SamplerContract:
     )
     contract.check()
     return contract
+
+
+def _negative_prompt(cache: Path) -> str:
+    """The negative prompt of the run's cache; Wan's own when the cache is not here (or has no other)."""
+    from fvtitan.preprocess import WAN_NEGATIVE_PROMPT
+
+    try:
+        text = json.loads((cache / "manifest.json").read_text(encoding="utf-8"))["contract"]["negative_prompt"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return WAN_NEGATIVE_PROMPT
+    return text if isinstance(text, str) else WAN_NEGATIVE_PROMPT
 
 
 def read_contract(folder: str | Path) -> SamplerContract | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import re
 import resource
 import shutil
 import signal
@@ -72,10 +73,12 @@ def write_checkpoint(folder: Path, recipe: Path, raw: dict[str, Tensor], average
     for key, value in GEOMETRY.items():
         setattr(cfg.data, key, value)
     cfg.schedule.shift = 5.0
-    sizes = {"student": weights.open_weights("tiny-wan").sizes}
+    roles = {"student": raw} | ({"critic": states.pop("critic")} if "critic" in states else {})
+    sizes = dict.fromkeys(roles, open_weights("tiny-wan").sizes)
     files = {"config.toml": cfg.to_toml(), "versions.json": "{}"}
     files["roles.json"] = json.dumps({role: vars(size) for role, size in sizes.items()})
-    states = {"roles.student.transformer": raw, "ema.student": {"num_updates": 3, **averaged}, **states}
+    states |= {f"roles.{role}.transformer": tensors for role, tensors in roles.items()}
+    states = {**states, "ema.student": {"num_updates": 3, **averaged}}
     checkpointer = Checkpointer(folder / "checkpoint")
     checkpointer.save(7, {name: Plain(state) for name, state in states.items()}, extra_files=files)
     checkpointer.close()
@@ -468,6 +471,34 @@ def test_bad_arguments_are_one_line(runs, tmp_path, capsys, case):
     error = capsys.readouterr().err.strip().splitlines()
     assert len(error) == 1 and message in error[0], error
     assert content(tmp_path) == before and not (tmp_path / "out/put").exists()
+
+
+def test_a_full_disk_is_seen_before_anything_is_written(runs, tmp_path, monkeypatch, capsys):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=8_000_000))
+    assert export("--checkpoint", runs.finetune, "--output", tmp_path / "out") == 2
+    needed = re.search(
+        rf"no space for --output {tmp_path}/out: (\d+) bytes needed, 8000000 free", capsys.readouterr().err
+    )
+    assert not list(tmp_path.iterdir())
+    monkeypatch.undo()
+    assert export("--checkpoint", runs.finetune, "--output", tmp_path / "out") == 0
+    written = sum(len(data) for name, data in content(tmp_path / "out").items() if not name.endswith((".md", "x.json")))
+    assert abs(written - int(needed[1])) < 30_000  # headers and configs
+
+
+def test_another_role_is_no_generator(runs, tmp_path):
+    """A critic: its network, and no contract."""
+    recipe = dmd2_recipe(runs.folder)
+    _, tensors = weights.read_pipeline("tiny-wan")
+    checkpoint = write_checkpoint(tmp_path / "run", recipe, tensors, tensors, critic=shaken(tensors, 5))
+    arguments = ("--checkpoint", checkpoint, "--role", "critic", "--output", tmp_path / "critic")
+    assert export(*arguments, "--ema") == 2  # only the student has an average
+    assert export(*arguments) == 0
+    _, written = weights.read_pipeline(str(tmp_path / "critic"))
+    assert all(torch.equal(written[name], tensor) for name, tensor in shaken(tensors, 5).items())
+    assert read_contract(tmp_path / "critic") is None
+    assert "no generator" in (tmp_path / "critic/README.md").read_text()
 
 
 def test_nothing_that_is_not_finite_is_exported(runs, tmp_path, capsys):

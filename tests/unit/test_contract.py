@@ -14,6 +14,7 @@ from fvtitan.errors import UserError
 from fvtitan.flow_matching import shift_sigma
 from fvtitan.methods import METHODS
 from fvtitan.models.pipeline import CONTRACT_NAME, pipeline_text_len
+from fvtitan.preprocess import WAN_NEGATIVE_PROMPT
 from tests.helpers import ROOT
 
 RECIPES = sorted((ROOT / "train_configs").glob("*.toml"))
@@ -43,6 +44,17 @@ def test_dmd2_in_both_times(tmp_path):
     assert sampler["raw_timesteps"] == [1000, 750, 500, 250]
     assert sampler["timesteps"] == pytest.approx([1000, 937.5, 833.333, 625], abs=1e-3)
     assert sampler["sigmas"][-1] == 0 and sampler["solver"] == "sde" and sampler["guidance_scale"] == 1
+
+
+def test_the_negative_prompt_is_that_of_the_cache(tmp_path):
+    cfg = read_toml(ROOT / "train_configs/tiny_finetune.toml")
+    assert contract_of(cfg, 32).unconditional_prompt == ""
+    cfg.data.uncond_prompt, cfg.data.path = "negative", str(tmp_path)
+    assert contract_of(cfg, 32).unconditional_prompt == WAN_NEGATIVE_PROMPT
+    (tmp_path / "manifest.json").write_text(json.dumps({"contract": {"negative_prompt": "blurry, grün"}}))
+    contract = contract_of(cfg, 32)
+    assert contract.unconditional_prompt == "blurry, grün"
+    assert read_contract(written(contract, tmp_path)) == contract
 
 
 def test_a_pipeline_of_others_has_none(tmp_path):
