@@ -245,7 +245,7 @@ def test_two_nodes_train_stop_and_go_on(cluster, tmp_path):
 @pytest.mark.slow
 @pytest.mark.faults
 def test_a_node_that_dies_ends_the_job_and_it_goes_on(cluster, tmp_path):
-    """Fault 12, of a whole node: SIGKILL to its torchrun and ranks. The other ends with an error; what was saved is there."""
+    """Fault 12, of a whole node: SIGKILL to torchrun and ranks; the other ends with an error, nothing saved is lost."""
     arguments = job(cluster, tmp_path, "run", 10_000, checkpoint__interval=2)
     with submitted(arguments, cluster, tmp_path) as process:
         wait_for(lambda: step_of(tmp_path / "run") >= 3, "3 steps", process, tmp_path)
