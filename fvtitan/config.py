@@ -344,7 +344,7 @@ class ActivationCheckpointSection:
     mode: Literal["none", "selective", "full"] = "none"
     """none keeps all activations. full keeps one tensor a block, its input, and recomputes the rest in backward. selective
     keeps the outputs of its two attentions too, the costly part of a long video's block: three tensors; and what ranks that
-    share a sequence have exchanged."""
+    share a sequence have exchanged. On a GPU selective needs compile.enable to be the faster one."""
 
 
 @dataclass
