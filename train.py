@@ -217,10 +217,8 @@ def main() -> int:
             asked = stops.end_step(step, last=final)
             saves = final or asked.stop or asked.save or step % cfg.checkpoint.interval == 0
             validates = final or asked.validate or (step % cfg.validation.interval == 0 and not asked.stop)
-            with (
-                metrics.meter.excluded(),
-                watchdog.resting(f"checkpoint, validation of step {step}"),
-            ):  # saved first: a validation that fails costs no training
+            # Saved first: a validation that fails costs no training.
+            with metrics.meter.excluded(), watchdog.resting(f"checkpoint, validation of step {step}"):
                 if checkpointer is not None and saves:
                     versions = {"fvtitan": fvtitan.__version__, "torch": torch.__version__, "world_size": world_size}
                     sizes = {role: model.sizes for role, model in roles.items() if model.trainable}
