@@ -135,6 +135,11 @@ def test_wrong_weights_are_refused_by_name(tmp_path, single_process_group):
     weights.load_files(ours, open_weights(str(tmp_path)))
     with pytest.raises(UserError, match=r"head.head.weight \(all zero\)"):
         weights.check_parameters(ours, "student", loaded=True)
+    for value in (float("nan"), float("inf"), -float("inf")):
+        save_file(state | {"proj_out.bias": torch.full_like(state["proj_out.bias"], value)}, path)
+        weights.load_files(ours, open_weights(str(tmp_path)))
+        with pytest.raises(UserError, match=r"head.head.bias \(not finite\)"):
+            weights.check_parameters(ours, "student", loaded=True)
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(UserError, match="damaged safetensors"):
         weights.load_files(ours, open_weights(str(tmp_path)))

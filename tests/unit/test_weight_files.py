@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import pickle
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -145,9 +147,14 @@ def saved(content: object, **options: object) -> Callable[[Path], Path]:
     return make
 
 
+MARKER = Path(tempfile.gettempdir()) / f"fvtitan-{os.getpid()}-unpickled"
+
+
 class Code:
+    """Whoever unpickles it has run it."""
+
     def __reduce__(self):
-        return (Path.touch, (Path("/tmp/this-must-not-exist"),))
+        return (Path.touch, (MARKER,))
 
 
 def cut(folder: Path) -> Path:
@@ -262,7 +269,7 @@ def test_bad_sources_are_one_error_before_anything_is_allocated(case, tmp_path):
     source = str(make(tmp_path))
     with pytest.raises(UserError, match=message):
         weights.role_sizes(RoleConfig(init_from=source), "student")
-    assert not Path("/tmp/this-must-not-exist").exists()
+    assert not MARKER.exists()
 
 
 def test_a_wrong_shape_writes_nothing(tmp_path):
