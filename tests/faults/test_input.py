@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from fvtitan import preprocess
 from fvtitan.components import faults
@@ -22,7 +22,7 @@ from fvtitan.components.metrics import read_metrics
 from fvtitan.components.stops import read_status
 from fvtitan.data import moving_shapes
 from fvtitan.data.dataloader import BatchStream
-from fvtitan.data.latent_cache import LatentCache, read_jsonl
+from fvtitan.data.latent_cache import LatentCache, read_jsonl, shard_bytes
 from fvtitan.data.video import VideoLimits
 from fvtitan.errors import UserError
 from tests.helpers import make_cache, small_arguments, train
@@ -64,7 +64,7 @@ def spoil(cache: Path, index: int, value: float) -> None:
     """A value in the latents of a sample; size and header of the shard stay."""
     tensors = load_file(cache / SHARD)
     tensors[f"latents.{index:05d}"].view(-1)[3] = value
-    save_file(tensors, cache / SHARD)
+    (cache / SHARD).write_bytes(shard_bytes(SHARD, tensors))
 
 
 # ------------------------------------------------------------------------------------------------------ samples
@@ -88,7 +88,8 @@ def truncated(cache: Path) -> None:
 
 
 def reshaped(cache: Path) -> None:
-    save_file(load_file(cache / SHARD) | {"latents.00004": torch.zeros(3, 16, 2, 8).bfloat16()}, cache / SHARD)
+    tensors = load_file(cache / SHARD) | {"latents.00004": torch.zeros(3, 16, 2, 8).bfloat16()}
+    (cache / SHARD).write_bytes(shard_bytes(SHARD, tensors))
 
 
 @pytest.mark.parametrize(
