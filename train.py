@@ -116,7 +116,6 @@ def main() -> int:
             if source is not None:
                 for change in on_rank_zero(lambda: check_changes(source, cfg, cfg.checkpoint.allow_changed)):
                     log(change)
-                method.seed_optimizer_state_for_resume()
                 for module in method.role_modules.values():
                     reshard(module)
                 checkpointer.load(source, states)

@@ -51,7 +51,6 @@ from fvtitan.components.stateful import (
     SchedulerState,
     Stateful,
     TrainState,
-    seed_optimizer_state,
 )
 from fvtitan.distributed.utils import local_tensor
 from fvtitan.errors import EXIT_DISK_FULL, UserError, is_disk_full, shortened
@@ -70,7 +69,6 @@ __all__ = [
     "SchedulerState",
     "Stateful",
     "TrainState",
-    "seed_optimizer_state",
 ]
 
 logger = logging.getLogger(__name__)
