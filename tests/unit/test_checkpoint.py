@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 import json
 import pickle
 import random
@@ -937,3 +938,21 @@ def test_no_process_group_is_needed_to_read(tmp_path):
     assert result.returncode == 0, result.stderr
     assert float(result.stdout) == sharded(0).first.weight.full_tensor().sum().item()
     assert not result.stderr
+
+
+def test_a_failed_save_does_not_hide_what_ends_the_run(tmp_path, monkeypatch, capsys):
+    """A write in the background and training fail together: training's error is the one that is raised."""
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    net = sharded()
+    monkeypatch.setattr("fvtitan.components.checkpoint._entry", full)
+    for error in (FloatingPointError("step 3: not finite"), None):
+        with pytest.raises(FloatingPointError if error else DiskFull):
+            with Checkpointer(tmp_path, async_mode="async") as checkpointer:
+                checkpointer.save(1, {"roles.student.transformer": ModelState(net)})
+                if error:
+                    raise error
+        assert ("WARNING: cannot commit" in capsys.readouterr().out) == bool(error)
+    assert Checkpointer(tmp_path).steps() == []
