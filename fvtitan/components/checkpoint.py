@@ -86,7 +86,7 @@ class CheckpointError(RuntimeError):
 
 
 class DiskFull(CheckpointError):
-    """There is no room for a checkpoint. The message names the path, the bytes needed and those free."""
+    """There is no room for a checkpoint or an export. The message names the path, the bytes needed and those free."""
 
     exit_status = EXIT_DISK_FULL
 
