@@ -218,12 +218,14 @@ class TrainState:
 
     def load_template(self, saved: Mapping[str, Any]) -> dict[str, Any]:
         """No tensors to read; raises `UserError` when it is not a number of steps."""
-        check_saved(self.state_dict(), saved, "train_state")
+        check_saved(
+            self.state_dict(), {"nonfinite_skips": 0, **saved}, "train_state"
+        )  # older checkpoints know no skips
         return {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.step = state_dict["step"]
-        self.nonfinite_skips = state_dict.get("nonfinite_skips", 0)  # older checkpoints know no skips
+        self.nonfinite_skips = state_dict.get("nonfinite_skips", 0)
 
 
 class Identity:

@@ -32,6 +32,7 @@ from fvtitan.components.checkpoint import (
     OptimizerState,
     RandomState,
     SchedulerState,
+    TrainState,
 )
 from fvtitan.config import CheckpointSection
 from fvtitan.errors import UserError
@@ -938,6 +939,13 @@ def test_no_process_group_is_needed_to_read(tmp_path):
     assert result.returncode == 0, result.stderr
     assert float(result.stdout) == sharded(0).first.weight.full_tensor().sum().item()
     assert not result.stderr
+
+
+def test_a_state_from_before_skips_were_counted(tmp_path):
+    Checkpointer(tmp_path).save(1, {"train_state": Plain(step=7)})
+    state = TrainState()
+    Checkpointer(tmp_path).load(1, {"train_state": state})
+    assert (state.step, state.nonfinite_skips) == (7, 0)
 
 
 def test_a_failed_save_does_not_hide_what_ends_the_run(tmp_path, monkeypatch, capsys):
