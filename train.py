@@ -111,12 +111,11 @@ def main() -> int:
                 on_failed_save=cfg.checkpoint.on_failed_save,
                 timeout=cfg.comm.timeout,
             )
-            at_exit.callback(checkpointer.close)
+            at_exit.push(checkpointer)  # closes it
             source = checkpointer.find(cfg.checkpoint)
             if source is not None:
                 for change in on_rank_zero(lambda: check_changes(source, cfg, cfg.checkpoint.allow_changed)):
                     log(change)
-                method.seed_optimizer_state_for_resume()
                 for module in method.role_modules.values():
                     reshard(module)
                 checkpointer.load(source, states)

@@ -33,12 +33,12 @@ from torch import Tensor
 
 import fvtitan
 from fvtitan.components import faults
-from fvtitan.components.checkpoint import read_tensor_names
+from fvtitan.components.checkpoint import DiskFull, read_tensor_names
 from fvtitan.components.files import fsync_path
 from fvtitan.components.model_card import model_card
 from fvtitan.config import read_toml
 from fvtitan.contract import SamplerContract, contract_of
-from fvtitan.errors import UserError, cli
+from fvtitan.errors import UserError, cli, is_disk_full
 from fvtitan.models.pipeline import CONTRACT_NAME, TINY_WAN, pipeline_folder
 from fvtitan.models.wan.adapter import (
     config_to_diffusers,
@@ -277,7 +277,7 @@ def folder_title(export: Export) -> str:
 def export_to(export: Export, output: Path, *, overwrite: bool) -> None:
     """Write, check, sync and name the folder. Whatever happens before the end, `output` is as it was.
 
-    Raises `UserError` when it is there and may not be replaced, and when the disk has no room.
+    Raises `UserError` when it is there and may not be replaced, and `DiskFull` when the disk has no room.
     """
     output.parent.mkdir(parents=True, exist_ok=True)
     old = output.with_name(f".{output.name}.export.old")
@@ -298,7 +298,8 @@ def export_to(export: Export, output: Path, *, overwrite: bool) -> None:
             temporary.rename(output)
             fsync_path(output.parent)
         except OSError as error:
-            raise UserError(f"cannot write {output}: {error}; nothing is left of it") from None
+            kind = DiskFull if is_disk_full(error) else UserError
+            raise kind(f"cannot write {output}: {error}; nothing is left of it") from None
         shutil.rmtree(old, ignore_errors=True)
 
 
@@ -351,7 +352,7 @@ def _check_space(export: Export, output: Path) -> None:
             path.stat().st_size for part in COPIED for path in (export.base / part).rglob("*") if path.is_file()
         )
     if (free := shutil.disk_usage(output.parent).free) < needed:
-        raise UserError(f"no space for --output {output}: {needed} bytes needed, {free} free")
+        raise DiskFull(f"no space for --output {output}: {needed} bytes needed, {free} free")
 
 
 def _sync(folder: Path) -> None:

@@ -188,6 +188,8 @@ def read_prompt_file(path: str | Path) -> list[tuple[str, int | None]]:
 
     Raises `UserError` naming the first line that is wrong.
     """
+    if Path(path).suffix.lower() == ".csv":
+        raise UserError(f"--prompt-file {path}: need one prompt a line, or .jsonl; a .csv is not read here")
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:

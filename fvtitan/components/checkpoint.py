@@ -30,6 +30,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import torch
@@ -51,7 +52,6 @@ from fvtitan.components.stateful import (
     SchedulerState,
     Stateful,
     TrainState,
-    seed_optimizer_state,
 )
 from fvtitan.distributed.utils import local_tensor
 from fvtitan.errors import EXIT_DISK_FULL, UserError, is_disk_full, shortened
@@ -70,7 +70,6 @@ __all__ = [
     "SchedulerState",
     "Stateful",
     "TrainState",
-    "seed_optimizer_state",
 ]
 
 logger = logging.getLogger(__name__)
@@ -87,7 +86,7 @@ class CheckpointError(RuntimeError):
 
 
 class DiskFull(CheckpointError):
-    """There is no room for a checkpoint. The message names the path, the bytes needed and those free."""
+    """There is no room for a checkpoint or an export. The message names the path, the bytes needed and those free."""
 
     exit_status = EXIT_DISK_FULL
 
@@ -102,9 +101,9 @@ class Checkpointer:
     `random_state` is each rank's own; all other plain values are taken to be equal everywhere.
     All methods but `steps`, `latest_step` and `path` are collective: every rank calls them, and an error on one rank
     is raised on all. `keep_latest_k` = 0 keeps everything. `async_mode` "async" copies the state and writes it in the
-    background: call `maybe_finish()` every step and `close()` at the end, or its errors stay unseen. `on_failed_save`
-    "continue": a save that fails is a warning, unless it is the last one. `timeout`: how long a rank waits for the
-    others; None: torch's 30 minutes.
+    background: call `maybe_finish()` every step, and `close()` at the end or use it in `with`, or its errors stay unseen.
+    `on_failed_save` "continue": a save that fails is a warning, unless it is the last one. `timeout`: how long a rank waits
+    for the others; None: torch's 30 minutes.
     """
 
     def __init__(
@@ -289,6 +288,19 @@ class Checkpointer:
             if self._group is not None:
                 dist.destroy_process_group(self._group)
                 self._group = None
+
+    def __enter__(self) -> Checkpointer:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        """`close`. A background write that fails as well does not hide the error that ends the run."""
+        try:
+            self.close()
+        except Exception as failed:
+            if error is None:
+                raise
+            if self.rank == 0:
+                print(f"WARNING: {failed}", flush=True)
 
     def _write(
         self, step: int, tensors: dict[str, Tensor], plain: dict[str, Any], extra: dict[str, str], started: float

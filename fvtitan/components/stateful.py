@@ -115,14 +115,15 @@ class OptimizerState:
         }
 
     def load_template(self, saved: Mapping[str, Any]) -> dict[str, Any]:
-        """Zeros for every entry that was saved, sharded like its parameter; the optimizer is not touched."""
+        """Of every entry that was saved, a tensor with its shape, dtype and sharding: the parameter itself, as no more is asked
+        of it, and zeros would need as much memory as what is loaded. The optimizer is not touched."""
         self._check_kinds(saved)
         self._check_parameters(saved)
         template: dict[str, dict[str, Tensor]] = {}
         for group, named in zip(self.optimizer.param_groups, self.groups, strict=True):
             for name, parameter in named:
                 entries = saved["entries"].get(name, [])
-                template[name] = {entry: _empty_entry(entry, parameter, group) for entry in entries}
+                template[name] = {entry: _like_entry(entry, parameter, group) for entry in entries}
         return {"state": {name: entries for name, entries in template.items() if entries}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -176,23 +177,14 @@ class OptimizerState:
         return by_name
 
 
-def seed_optimizer_state(optimizer: Optimizer) -> None:
-    """Give a fresh Adam or AdamW the entries its first step would make (zeros, step 0); nothing else changes."""
-    for group in optimizer.param_groups:
-        names = ["exp_avg", "exp_avg_sq", "step"] + (["max_exp_avg_sq"] if group["amsgrad"] else [])
-        for parameter in group["params"]:
-            if parameter.requires_grad and not optimizer.state.get(parameter):
-                optimizer.state[parameter] = {name: _empty_entry(name, parameter, group) for name in names}
-
-
 _ENTRIES = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "step"}
 
 
-def _empty_entry(entry: str, parameter: Tensor, group: Mapping[str, Any]) -> Tensor:
+def _like_entry(entry: str, parameter: Tensor, group: Mapping[str, Any]) -> Tensor:
     if entry == "step":
         on_device = group.get("fused") or group.get("capturable")
         return torch.zeros((), dtype=torch.float32, device=parameter.device if on_device else "cpu")
-    return torch.zeros_like(parameter.detach(), memory_format=torch.preserve_format)
+    return parameter.detach()
 
 
 class SchedulerState:
@@ -226,12 +218,14 @@ class TrainState:
 
     def load_template(self, saved: Mapping[str, Any]) -> dict[str, Any]:
         """No tensors to read; raises `UserError` when it is not a number of steps."""
-        check_saved(self.state_dict(), saved, "train_state")
+        check_saved(
+            self.state_dict(), {"nonfinite_skips": 0, **saved}, "train_state"
+        )  # older checkpoints know no skips
         return {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.step = state_dict["step"]
-        self.nonfinite_skips = state_dict.get("nonfinite_skips", 0)  # older checkpoints know no skips
+        self.nonfinite_skips = state_dict.get("nonfinite_skips", 0)
 
 
 class Identity:

@@ -17,7 +17,6 @@ from fvtitan.components.checkpoint import (
     RandomState,
     SchedulerState,
     Stateful,
-    seed_optimizer_state,
 )
 from fvtitan.components.lr_scheduler import build_lr_scheduler
 from fvtitan.components.optimizer import build_optimizer, hyper_parameters
@@ -229,8 +228,3 @@ class TrainingMethod(nn.Module, ABC):
             for group, factor in zip(optimizer.param_groups, scheduler.lr_lambdas, strict=True):
                 group |= hyper_parameters(group, cfg)
                 group |= {"initial_lr": cfg.lr, "lr": cfg.lr * factor(scheduler.last_epoch)}
-
-    def seed_optimizer_state_for_resume(self) -> None:
-        """Give fresh optimizers the entries that a checkpoint loads into; parameters and step counts stay as they are."""
-        for optimizer in self.optimizers.values():
-            seed_optimizer_state(optimizer)

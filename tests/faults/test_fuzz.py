@@ -41,7 +41,6 @@ from fvtitan.components.checkpoint import (
     TrainState,
     read_tensor_names,
     read_tensors,
-    seed_optimizer_state,
 )
 from fvtitan.components.ema import EMA, EMAConfig
 from fvtitan.components.stateful import Identity
@@ -384,8 +383,6 @@ class Run:
             scheduler.step()
             ema.update(step)
             train_state.step = step
-        if not updates:
-            seed_optimizer_state(self.optimizer)
 
     def content(self) -> dict[str, Any]:
         """Copies: {dotted name: tensor}, and everything else as JSON has it."""

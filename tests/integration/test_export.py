@@ -389,7 +389,7 @@ def test_a_killed_replacement_leaves_the_old_one(runs, tmp_path, point):
 def test_a_full_disk_is_one_error(runs, tmp_path, capfd):
     """Fault 43. The weights' file cannot be written to its end."""
     status = forked("--checkpoint", runs.finetune, "--output", tmp_path / "out", largest_file=3_000_000)
-    assert status == 2 and not list(tmp_path.iterdir())
+    assert status == 74 and not list(tmp_path.iterdir())
     assert f"error: cannot write {tmp_path}/out: [Errno 27]" in capfd.readouterr().err
 
 
@@ -476,7 +476,7 @@ def test_bad_arguments_are_one_line(runs, tmp_path, capsys, case):
 def test_a_full_disk_is_seen_before_anything_is_written(runs, tmp_path, monkeypatch, capsys):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=8_000_000))
-    assert export("--checkpoint", runs.finetune, "--output", tmp_path / "out") == 2
+    assert export("--checkpoint", runs.finetune, "--output", tmp_path / "out") == 74
     needed = re.search(
         rf"no space for --output {tmp_path}/out: (\d+) bytes needed, 8000000 free", capsys.readouterr().err
     )

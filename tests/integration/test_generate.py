@@ -376,6 +376,13 @@ def test_bad_prompt_files(content, message, tmp_path):
         read_prompt_file(path)
 
 
+def test_a_table_is_not_taken_for_prompts(tmp_path):
+    """`preprocess --prompts` reads it; here its header would be a prompt."""
+    (tmp_path / "prompts.csv").write_text("caption,seed\na red circle,3\n")
+    with pytest.raises(UserError, match=r"prompts.csv: need one prompt a line, or .jsonl"):
+        read_prompt_file(tmp_path / "prompts.csv")
+
+
 def test_lines_are_prompts_as_they_stand(tmp_path):
     path = tmp_path / "prompts.txt"
     path.write_text('\ufeffa red\u2028circle\r\n\n  {"not": "json"} \n', encoding="utf-8")

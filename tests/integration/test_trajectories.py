@@ -626,13 +626,15 @@ def saved(checkpoint: Path, name: str) -> dict[str, torch.Tensor]:
 
 
 def loaded(arguments: list[str], role: str) -> tuple[ModelBase, dict[str, torch.Tensor]]:
-    """A role as a run begins with it, and its parameters."""
+    """A role as a run begins with it, and its parameters. What nothing was read into is NaN, not what was in memory before."""
     cfg = load_config(arguments)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    torch.use_deterministic_algorithms(True)
     try:
         model = build_roles(cfg, Mesh(cfg, "cpu"), torch.device("cpu"), [role])[role]
         return model, {name: local_tensor(p.detach()).clone() for name, p in model.transformer.named_parameters()}
     finally:
+        torch.use_deterministic_algorithms(False)
         dist.destroy_process_group()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 import json
 import pickle
 import random
@@ -20,6 +21,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fvtitan.components.checkpoint import (
     Checkpointer,
@@ -30,7 +32,7 @@ from fvtitan.components.checkpoint import (
     OptimizerState,
     RandomState,
     SchedulerState,
-    seed_optimizer_state,
+    TrainState,
 )
 from fvtitan.config import CheckpointSection
 from fvtitan.errors import UserError
@@ -211,20 +213,34 @@ def test_parameters_without_gradient_have_no_entry(tmp_path):
     assert other.unused.weight not in fresh.state and other.first.weight in fresh.state
 
 
-@pytest.mark.parametrize("kernel", [{"fused": True}, {"foreach": False}])
-def test_seeded_state_is_what_the_first_step_makes(kernel):
-    nets = [sharded(0), sharded(0)]
-    optimizers = [adamw(net, **kernel) for net in nets]
-    fired = []
-    optimizers[0].register_step_pre_hook(lambda *a: fired.append(1))
-    parameters = snapshot(nets[0], optimizers[0])[0]
-    seed_optimizer_state(optimizers[0])
-    assert not fired and all(torch.equal(parameters[k], v) for k, v in snapshot(nets[0], optimizers[0])[0].items())
-    assert all(state["step"].item() == 0 for state in optimizers[0].state.values())
-    del optimizers[0].state[nets[0].unused.weight], optimizers[0].state[nets[0].unused.bias]
-    for net, optimizer in zip(nets, optimizers, strict=True):
-        step(net, optimizer, 3)
-    assert_equal(snapshot(nets[0], optimizers[0]), snapshot(nets[1], optimizers[1]))
+class Allocations(TorchDispatchMode):
+    """Counts the bytes of tensors with memory of their own that are made inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and any(word in function.name() for word in ("_like", "zeros", "clone")):
+            self.bytes += result.numel() * result.element_size()
+        return result
+
+
+def test_loading_allocates_no_more_than_is_loaded(tmp_path):
+    """Beside the live state; a 14B model that fits must also resume."""
+    net = sharded(0, width=64)
+    optimizer = adamw(net)
+    step(net, optimizer, 0)
+    Checkpointer(tmp_path).save(1, everything(net, optimizer))
+    parts, groups = snapshot(net, optimizer)[:2]
+    saved = [*parts.values(), *(tensor for entries in groups.values() for tensor in entries.values())]
+    other = sharded(1, width=64)
+    states = everything(other, adamw(other))
+    with Allocations() as allocations:
+        Checkpointer(tmp_path).load(1, states)
+    total = sum(tensor.numel() * tensor.element_size() for tensor in saved)
+    assert total > 100_000 and total <= allocations.bytes < 1.02 * total
 
 
 def test_hyper_parameters_follow_names_not_the_order_of_groups(tmp_path):
@@ -923,3 +939,28 @@ def test_no_process_group_is_needed_to_read(tmp_path):
     assert result.returncode == 0, result.stderr
     assert float(result.stdout) == sharded(0).first.weight.full_tensor().sum().item()
     assert not result.stderr
+
+
+def test_a_state_from_before_skips_were_counted(tmp_path):
+    Checkpointer(tmp_path).save(1, {"train_state": Plain(step=7)})
+    state = TrainState()
+    Checkpointer(tmp_path).load(1, {"train_state": state})
+    assert (state.step, state.nonfinite_skips) == (7, 0)
+
+
+def test_a_failed_save_does_not_hide_what_ends_the_run(tmp_path, monkeypatch, capsys):
+    """A write in the background and training fail together: training's error is the one that is raised."""
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    net = sharded()
+    monkeypatch.setattr("fvtitan.components.checkpoint._entry", full)
+    for error in (FloatingPointError("step 3: not finite"), None):
+        with pytest.raises(FloatingPointError if error else DiskFull):
+            with Checkpointer(tmp_path, async_mode="async") as checkpointer:
+                checkpointer.save(1, {"roles.student.transformer": ModelState(net)})
+                if error:
+                    raise error
+        assert ("WARNING: cannot commit" in capsys.readouterr().out) == bool(error)
+    assert Checkpointer(tmp_path).steps() == []

@@ -7,13 +7,13 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fvtitan.components.checkpoint import Checkpointer, read_tensor_names, read_tensors, verify_files
+from fvtitan.components.checkpoint import Checkpointer, ModelState, read_tensor_names, read_tensors, verify_files
 from fvtitan.components.files import write_atomic
 from fvtitan.components.lora import LoRAConfig, base_parameters, merge_adapter
 from fvtitan.components.rng import generator
@@ -189,20 +189,6 @@ def adapter_base(folder: str | Path, role: str) -> AdapterBase | None:
     return AdapterBase(model, models[role].lora)
 
 
-class _InPlace:
-    """Parameters as a checkpoint reads them: straight into the shards."""
-
-    def __init__(self, module: nn.Module):
-        self.module = module
-
-    def state_dict(self) -> dict[str, Any]:
-        reshard(self.module)
-        return {name: parameter.detach() for name, parameter in base_parameters(self.module).items()}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """They have been read."""
-
-
 def checkpoint_state_name(model: RoleConfig) -> str:
     """Which state of the checkpoint `init_from` a role is loaded from: `ema.student` or `roles.student.transformer`.
 
@@ -252,9 +238,10 @@ def load_checkpoint(transformer: WanTransformer, model: RoleConfig, cfg: JobConf
         load_weights(transformer, base.model, cfg, f"{key} = {model.init_from!r}: the base under its adapter")
         merge_adapter(base_parameters(transformer), read_tensors(model.init_from, name), base.lora.scale)
         return
+    states = {name: ModelState(transformer, base_parameters(transformer))}
     checkpointer = Checkpointer(Path(cfg.job.dump_folder) / "checkpoint", timeout=cfg.comm.timeout)
     try:
-        checkpointer.load(model.init_from, {name: _InPlace(transformer)}, allow_unexpected=("",), allow_cast=True)
+        checkpointer.load(model.init_from, states, allow_unexpected=("",), allow_cast=True)
     finally:
         checkpointer.close()
 
