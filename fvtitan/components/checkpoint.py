@@ -890,7 +890,9 @@ class _Reader(dcp.FileSystemReader):
             self._check(index)
         except Exception as error:  # a pickle can raise anything
             reason = str(error) if isinstance(error, pickle.UnpicklingError) else f"{type(error).__name__}: {error}"
-            raise DamagedCheckpoint(f"damaged checkpoint {self._root}: refused .metadata: {shortened(reason)}") from None
+            raise DamagedCheckpoint(
+                f"damaged checkpoint {self._root}: refused .metadata: {shortened(reason)}"
+            ) from None
         return index
 
     def _check(self, index: Any) -> None:

@@ -115,15 +115,15 @@ class OptimizerState:
         }
 
     def load_template(self, saved: Mapping[str, Any]) -> dict[str, Any]:
-        """Of every entry that was saved, a tensor with its shape, dtype and sharding: the parameter itself, as no more is asked
-        of it, and zeros would need as much memory as what is loaded. The optimizer is not touched."""
+        """Of every entry that was saved, a tensor to read into, sharded like its parameter, which the optimizer takes as it is:
+        there is no second copy. The optimizer is not touched."""
         self._check_kinds(saved)
         self._check_parameters(saved)
         template: dict[str, dict[str, Tensor]] = {}
         for group, named in zip(self.optimizer.param_groups, self.groups, strict=True):
             for name, parameter in named:
                 entries = saved["entries"].get(name, [])
-                template[name] = {entry: _like_entry(entry, parameter, group) for entry in entries}
+                template[name] = {entry: _empty_entry(entry, parameter, group) for entry in entries}
         return {"state": {name: entries for name, entries in template.items() if entries}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -180,11 +180,11 @@ class OptimizerState:
 _ENTRIES = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "step"}
 
 
-def _like_entry(entry: str, parameter: Tensor, group: Mapping[str, Any]) -> Tensor:
+def _empty_entry(entry: str, parameter: Tensor, group: Mapping[str, Any]) -> Tensor:
     if entry == "step":
         on_device = group.get("fused") or group.get("capturable")
         return torch.zeros((), dtype=torch.float32, device=parameter.device if on_device else "cpu")
-    return parameter.detach()
+    return torch.empty_like(parameter.detach(), memory_format=torch.preserve_format)
 
 
 class SchedulerState:
@@ -218,9 +218,8 @@ class TrainState:
 
     def load_template(self, saved: Mapping[str, Any]) -> dict[str, Any]:
         """No tensors to read; raises `UserError` when it is not a number of steps."""
-        check_saved(
-            self.state_dict(), {"nonfinite_skips": 0, **saved}, "train_state"
-        )  # older checkpoints know no skips
+        # Older checkpoints know no skips.
+        check_saved(self.state_dict(), {"nonfinite_skips": 0, **saved}, "train_state")
         return {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
