@@ -454,7 +454,7 @@ class Checkpointer:
         `random_state` may always differ. `allow_cast` permits other dtypes than the saved ones.
 
         Raises `DamagedCheckpoint` when a file is not what was written, and `UserError` when names, shapes or dtypes
-        differ, before any state is touched.
+        differ, before any state is touched. Only what was made by hand to pass for whole can fail later.
         """
         path = self.path(source) if isinstance(source, int) else Path(source)
         what = f"cannot load {path}"
@@ -659,8 +659,7 @@ def _match(
             continue  # saved on another kind of device
         names.append(name)
         templates[name] = template
-        # Into tensors of their own: a read that fails in the middle has touched nothing.
-        tensors |= {key: torch.empty_like(tensor) for key, tensor in wanted.items()}
+        tensors |= wanted  # parameters and averages are read in place: there may be no room for a copy
     return names, templates, tensors
 
 
@@ -891,7 +890,9 @@ class _Reader(dcp.FileSystemReader):
             self._check(index)
         except Exception as error:  # a pickle can raise anything
             reason = str(error) if isinstance(error, pickle.UnpicklingError) else f"{type(error).__name__}: {error}"
-            raise DamagedCheckpoint(f"refused {self._root / '.metadata'}: {shortened(reason)}") from None
+            raise DamagedCheckpoint(
+                f"damaged checkpoint {self._root}: refused .metadata: {shortened(reason)}"
+            ) from None
         return index
 
     def _check(self, index: Any) -> None:

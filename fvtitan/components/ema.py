@@ -82,7 +82,7 @@ class EMA:
         return {"num_updates": self.num_updates, **self.shadow}
 
     def load_template(self, saved: Mapping[str, Any]) -> dict[str, Any]:
-        """The averages, to read into copies of; raises `UserError` when the rest is not a count."""
+        """The averages, to read into; raises `UserError` when the rest is not a count."""
         check_saved({"num_updates": self.num_updates}, saved, "ema")
         return dict(self.shadow)
 

@@ -115,15 +115,14 @@ class OptimizerState:
         }
 
     def load_template(self, saved: Mapping[str, Any]) -> dict[str, Any]:
-        """Of every entry that was saved, a tensor with its shape, dtype and sharding: the parameter itself, as no more is asked
-        of it, and zeros would need as much memory as what is loaded. The optimizer is not touched."""
+        """Zeros for every entry that was saved, sharded like its parameter; the optimizer is not touched."""
         self._check_kinds(saved)
         self._check_parameters(saved)
         template: dict[str, dict[str, Tensor]] = {}
         for group, named in zip(self.optimizer.param_groups, self.groups, strict=True):
             for name, parameter in named:
                 entries = saved["entries"].get(name, [])
-                template[name] = {entry: _like_entry(entry, parameter, group) for entry in entries}
+                template[name] = {entry: _empty_entry(entry, parameter, group) for entry in entries}
         return {"state": {name: entries for name, entries in template.items() if entries}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -180,11 +179,11 @@ class OptimizerState:
 _ENTRIES = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "step"}
 
 
-def _like_entry(entry: str, parameter: Tensor, group: Mapping[str, Any]) -> Tensor:
+def _empty_entry(entry: str, parameter: Tensor, group: Mapping[str, Any]) -> Tensor:
     if entry == "step":
         on_device = group.get("fused") or group.get("capturable")
         return torch.zeros((), dtype=torch.float32, device=parameter.device if on_device else "cpu")
-    return parameter.detach()
+    return torch.zeros_like(parameter.detach(), memory_format=torch.preserve_format)
 
 
 class SchedulerState:

@@ -474,7 +474,8 @@ class Checkpoints:
         except (UserError, CheckpointError) as error:
             one_line(error)
             assert str(self.path) in str(error), error
-            assert_same(run.content(), before, f"touched by a load that failed: {done}")
+            if not fits:
+                assert_same(run.content(), before, f"touched by a load that failed: {done}")
             return "error"
         finally:
             checkpointer.close()

@@ -227,20 +227,19 @@ class Allocations(TorchDispatchMode):
         return result
 
 
-def test_loading_allocates_no_more_than_is_loaded(tmp_path):
-    """Beside the live state; a 14B model that fits must also resume."""
+def test_loading_copies_neither_parameters_nor_optimizer_state(tmp_path):
+    """A 14B model that fits must also resume: only the optimizer's state is made, once."""
     net = sharded(0, width=64)
     optimizer = adamw(net)
     step(net, optimizer, 0)
     Checkpointer(tmp_path).save(1, everything(net, optimizer))
-    parts, groups = snapshot(net, optimizer)[:2]
-    saved = [*parts.values(), *(tensor for entries in groups.values() for tensor in entries.values())]
+    saved = [tensor for entries in snapshot(net, optimizer)[1].values() for tensor in entries.values()]
     other = sharded(1, width=64)
     states = everything(other, adamw(other))
     with Allocations() as allocations:
         Checkpointer(tmp_path).load(1, states)
     total = sum(tensor.numel() * tensor.element_size() for tensor in saved)
-    assert total > 100_000 and total <= allocations.bytes < 1.02 * total
+    assert total > 50_000 and total <= allocations.bytes < 1.02 * total
 
 
 def test_hyper_parameters_follow_names_not_the_order_of_groups(tmp_path):
