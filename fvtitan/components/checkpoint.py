@@ -494,7 +494,7 @@ class Checkpointer:
         """What is wrong with a checkpoint, the same on all ranks, or ""; and the names in its manifest. Collective.
         Raises `UserError` when there is none."""
         try:
-            files = self._everywhere(f"cannot read {path}", lambda: self._verify(path))[self.rank]
+            files = self._everywhere(f"cannot read {path}", lambda: self._verify(path), share=False)
         except DamagedCheckpoint as error:
             return str(error), set()
         self._good.add(path.resolve())

@@ -184,7 +184,7 @@ def _empty_entry(entry: str, parameter: Tensor, group: Mapping[str, Any]) -> Ten
     if entry == "step":
         on_device = group.get("fused") or group.get("capturable")
         return torch.zeros((), dtype=torch.float32, device=parameter.device if on_device else "cpu")
-    return torch.empty_like(parameter.detach(), memory_format=torch.preserve_format)
+    return torch.zeros_like(parameter.detach(), memory_format=torch.preserve_format)
 
 
 class SchedulerState:

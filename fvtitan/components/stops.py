@@ -230,10 +230,10 @@ class Stops:
 
     # -------------------------------------------------------------------------------------------------- status
 
-    def fail(self, reason: str) -> None:
-        """Write that the run has failed; for any rank and thread that is about to end its process with status 1."""
+    def fail(self, reason: str, status: int) -> None:
+        """Write that the run has failed; for any rank and thread that is about to end its process with this status."""
         if self._state == "running":  # else the run has ended and said so
-            self.reason, self.exit_code = reason, 1
+            self.reason, self.exit_code = reason, status
             self._write_status("failed", any_rank=True)
 
     def _write_status(self, state: str, *, any_rank: bool = False) -> None:

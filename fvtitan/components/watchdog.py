@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 
 from fvtitan.components.stops import Stops
+from fvtitan.errors import exit_status
 
 _POLL_SECONDS = 1.0
 _GATHER_SECONDS = 4.0  # for the reports of the others
@@ -88,7 +89,7 @@ class Watchdog:
         faulthandler.cancel_dump_traceback_later()
         if error is not None:
             with contextlib.suppress(RuntimeError):  # the store may be gone
-                self._tell_failure(f"{kind.__name__}: {error}")
+                self._tell_failure(f"{kind.__name__}: {error}", exit_status(error))
         self._ended.set()
         self._thread.join()
         self._stacks.close()
@@ -96,12 +97,12 @@ class Watchdog:
         if path.exists() and path.stat().st_size == 0:
             path.unlink()
 
-    def _tell_failure(self, what: str) -> None:
+    def _tell_failure(self, what: str, status: int) -> None:
         """Be the first to fail, or learn who was."""
         if self._store.add("failures", 1) == 1:
-            self._store.set("failure", json.dumps([self.rank, what]))
+            self._store.set("failure", json.dumps([self.rank, what, status]))
             return
-        rank, first = json.loads(self._store.get("failure"))
+        rank, first, _ = json.loads(self._store.get("failure"))
         if first != what:
             self.stops.cause = f"rank {rank}: {first}"
 
@@ -130,6 +131,7 @@ class Watchdog:
         faulthandler.dump_traceback_later(_LAST_RESORT_SECONDS, file=self._stacks, exit=True)
         seconds = time.monotonic() - self._since
         report = {"where": self._where, "seconds": seconds, "line": _line(error), "groups": {}}
+        status = 1
         try:
             with contextlib.suppress(RuntimeError):
                 self._store.set("hang", str(self.rank))
@@ -143,17 +145,18 @@ class Watchdog:
                 (self.folder / f"flight_recorder.rank{self.rank}.json").write_bytes(recorded)
                 report["groups"] = _last_collectives(json.loads(recorded))
             reports = self._reports(report)
-            reason, lines = explain(reports, self.world_size, self._failure())
+            failure, status = self._failure()
+            reason, lines = explain(reports, self.world_size, failure)
             if self.rank == min(reports):
                 self._say("\n".join([reason, *lines]))
-                self.stops.fail(reason)
+                self.stops.fail(reason, status)
                 self._store.set("said", "")
             else:  # torchrun ends all as soon as one has exited
                 self._store.wait(["said"], timedelta(seconds=_GATHER_SECONDS))
         except BaseException as error:
             self._say(f"no progress, {report['where']}, at {report['line']}; and then {type(error).__name__}: {error}")
         finally:
-            os._exit(1)
+            os._exit(status)
 
     def _reports(self, own: dict[str, Any]) -> dict[int, dict[str, Any]]:
         """Those of all ranks that answer in time."""
@@ -167,13 +170,13 @@ class Watchdog:
                 time.sleep(0.05)
         return reports
 
-    def _failure(self) -> str:
-        """What the first rank to fail has told, or nothing."""
+    def _failure(self) -> tuple[str, int]:
+        """What the first rank to fail has told, or nothing, and the exit status that it gives."""
         with contextlib.suppress(RuntimeError):
             if self._store.check(["failure"]):
-                rank, what = json.loads(self._store.get("failure"))
-                return f"rank {rank}: {what}"
-        return ""
+                rank, what, status = json.loads(self._store.get("failure"))
+                return f"rank {rank}: {what}", status
+        return "", 1
 
     def _say(self, message: str) -> None:
         # Not print: its lock may be held by the main thread.

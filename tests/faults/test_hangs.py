@@ -169,6 +169,23 @@ def test_only_steps_are_limited(tmp_path, single_process_group, monkeypatch):
     assert not list(tmp_path.glob("stacks*"))
 
 
+def test_a_failure_keeps_its_status_where_a_rank_takes_long_to_close(tmp_path, single_process_group, monkeypatch):
+    """Fault 42. It is still uploading its metrics when its time is over: the disk was full, and that is what is said."""
+    left, statuses = threading.Event(), []
+
+    def leave(status: int) -> None:
+        statuses.append(status)
+        left.set()
+
+    monkeypatch.setattr(os, "_exit", leave)
+    monkeypatch.setattr("fvtitan.components.watchdog._UNWIND_SECONDS", 0.1)
+    with Stops(tmp_path, 100) as stops, Watchdog(tmp_path, 600, stops) as watchdog:
+        watchdog._tell_failure("DiskFull: no room", 74)
+        assert left.wait(600)
+        status = read_status(tmp_path)
+    assert (statuses, status["exit_code"], status["reason"]) == ([74], 74, "rank 0: DiskFull: no room")
+
+
 def test_what_the_user_has_set_for_the_recorder_stays(tmp_path, monkeypatch):
     names = ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE", "TORCH_NCCL_DUMP_ON_TIMEOUT")
     names += ("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE")

@@ -227,19 +227,19 @@ class Allocations(TorchDispatchMode):
         return result
 
 
-def test_loading_allocates_the_state_of_the_optimizer_alone(tmp_path):
-    """Parameters are read in place, and the optimizer keeps what was read: a 14B model that fits must also resume."""
+def test_loading_copies_neither_parameters_nor_optimizer_state(tmp_path):
+    """A 14B model that fits must also resume: only the optimizer's state is made, once."""
     net = sharded(0, width=64)
     optimizer = adamw(net)
     step(net, optimizer, 0)
     Checkpointer(tmp_path).save(1, everything(net, optimizer))
-    entries = [tensor for state in snapshot(net, optimizer)[1].values() for tensor in state.values()]
+    saved = [tensor for entries in snapshot(net, optimizer)[1].values() for tensor in entries.values()]
     other = sharded(1, width=64)
     states = everything(other, adamw(other))
     with Allocations() as allocations:
         Checkpointer(tmp_path).load(1, states)
-    total = sum(tensor.numel() * tensor.element_size() for tensor in entries)
-    assert total > 60_000 and total <= allocations.bytes < 1.02 * total
+    total = sum(tensor.numel() * tensor.element_size() for tensor in saved)
+    assert total > 50_000 and total <= allocations.bytes < 1.02 * total
 
 
 def test_hyper_parameters_follow_names_not_the_order_of_groups(tmp_path):
