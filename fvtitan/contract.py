@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -119,7 +120,7 @@ def contract_of(cfg: JobConfig, text_len: int) -> SamplerContract:
         sigmas=spec.sigmas,
         shift=cfg.schedule.shift,
         guidance_scale=spec.guidance_scale,
-        unconditional_prompt=_negative_prompt(Path(data.path)) if data.uncond_prompt == "negative" else "",
+        unconditional_prompt=_negative_prompt(Path(data.path), spec) if data.uncond_prompt == "negative" else "",
         streaming=spec.streaming,
         context_noise=spec.context_noise,
         text_len=text_len,
@@ -133,13 +134,19 @@ def contract_of(cfg: JobConfig, text_len: int) -> SamplerContract:
     return contract
 
 
-def _negative_prompt(cache: Path) -> str:
-    """The negative prompt of the run's cache; Wan's own when the cache is not here (or has no other)."""
+def _negative_prompt(cache: Path, spec: SamplerSpec) -> str:
+    """The negative prompt of the run's cache; Wan's own, and a warning if it is used, when the cache is not here."""
     from fvtitan.preprocess import WAN_NEGATIVE_PROMPT
 
     try:
         text = json.loads((cache / "manifest.json").read_text(encoding="utf-8"))["contract"]["negative_prompt"]
     except (OSError, ValueError, KeyError, TypeError):
+        if spec.guidance_scale != 1:
+            print(
+                f"WARNING: the run's cache {cache} is not here: its negative prompt is taken to be Wan's own, the default of "
+                "fvtitan.preprocess",
+                file=sys.stderr,
+            )
         return WAN_NEGATIVE_PROMPT
     return text if isinstance(text, str) else WAN_NEGATIVE_PROMPT
 

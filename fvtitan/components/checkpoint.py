@@ -362,7 +362,8 @@ class Checkpointer:
     def _commit(self, step: int, temporary: Path, plain: dict[str, Any], extra: dict[str, str]) -> None:
         target = self.path(step)
         what = f"cannot commit {target}"
-        parts = self._everywhere(what, lambda: plain)
+        own = {name: state for name, state in plain.items() if self.rank == 0 or _under(name, [_PER_RANK])}
+        parts = self._everywhere(what, lambda: own)  # of others only what is not the same everywhere
         merged: dict[str, Any] = {}
         for part in parts:
             _merge(merged, part)

@@ -46,14 +46,15 @@ def test_dmd2_in_both_times(tmp_path):
     assert sampler["sigmas"][-1] == 0 and sampler["solver"] == "sde" and sampler["guidance_scale"] == 1
 
 
-def test_the_negative_prompt_is_that_of_the_cache(tmp_path):
+def test_the_negative_prompt_is_that_of_the_cache(tmp_path, capsys):
     cfg = read_toml(ROOT / "train_configs/tiny_finetune.toml")
     assert contract_of(cfg, 32).unconditional_prompt == ""
     cfg.data.uncond_prompt, cfg.data.path = "negative", str(tmp_path)
     assert contract_of(cfg, 32).unconditional_prompt == WAN_NEGATIVE_PROMPT
+    assert f"the run's cache {tmp_path} is not here" in capsys.readouterr().err
     (tmp_path / "manifest.json").write_text(json.dumps({"contract": {"negative_prompt": "blurry, grün"}}))
     contract = contract_of(cfg, 32)
-    assert contract.unconditional_prompt == "blurry, grün"
+    assert contract.unconditional_prompt == "blurry, grün" and not capsys.readouterr().err
     assert read_contract(written(contract, tmp_path)) == contract
 
 
