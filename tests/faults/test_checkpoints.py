@@ -354,9 +354,8 @@ def test_a_run_goes_back_from_damage_only_when_told(arguments, tmp_path, whole, 
 RECIPES = {"dfsft": causal_recipe, "dmd2": dmd2_recipe, "self_forcing": self_forcing_recipe}
 
 
-@pytest.mark.parametrize(
-    "method", [*(pytest.param(m, marks=pytest.mark.slow) for m in ("dfsft", "dmd2")), "self_forcing"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("method", RECIPES)
 def test_each_method_goes_on_where_it_was(cache, tmp_path, method):
     """Fault 2; knowledge distillation and adapters have tests of their own. Two roles go on with whose turn it is, and with
     the number of their updates."""
