@@ -172,7 +172,7 @@ SOURCES = "\n".join(
 )
 # Flags and variables of other programs, which these pages may name.
 OTHERS_FLAGS = {"--nodes", "--nproc_per_node", "--shutdown-timeout", "--logdir", "--help", "--index-url"}
-OTHERS_VARIABLES = "NCCL_|GLOO_|TORCH_|TORCHINDUCTOR_|TRITON_|HF_|WANDB_|CUDA_|SLURM_"
+OTHERS_VARIABLES = "NCCL_|GLOO_|TORCH_|TORCHELASTIC_|TORCHINDUCTOR_|TRITON_|HF_|WANDB_|CUDA_|SLURM_"
 
 
 def code_of(text: str) -> list[str]:
