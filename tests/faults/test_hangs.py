@@ -132,6 +132,7 @@ def test_a_failing_rank_is_the_reason_not_what_the_others_raise(cache, tmp_path)
     assert not list((tmp_path / "run").glob("stacks*"))
 
 
+@pytest.mark.slow
 def test_nothing_is_saved_of_half_a_step(cache, tmp_path, monkeypatch):
     """Fault 42. The student of step 2 is updated when the critic fails; the run goes on from step 1."""
     keys = {"job__config_file": dmd2_recipe(tmp_path, student_update_interval=1), "training__steps": 2}

@@ -118,6 +118,7 @@ def test_one_rank_halts_all(cache, tmp_path):
     assert Checkpointer(tmp_path / "run/checkpoint").steps() == [1, 2]
 
 
+@pytest.mark.slow
 def test_skips_are_counted_over_resumes_and_bounded(cache, tmp_path, expect):
     """Fault 23: limit exceeded."""
     expect("nan loss times=0 step=1; nan loss times=0 step=4")  # both micro-batches of a step
@@ -129,6 +130,7 @@ def test_skips_are_counted_over_resumes_and_bounded(cache, tmp_path, expect):
     assert saved(tmp_path, 6)[1]["train_state"] == {"step": 6, "nonfinite_skips": 2}
 
 
+@pytest.mark.slow
 def test_a_run_with_skips_resumes_bit_for_bit(cache, tmp_path, expect):
     """Fault 23."""
     expect("nan loss step=2; inf gradient step=5")

@@ -145,7 +145,7 @@ EXECUTION = {
 
 
 @pytest.mark.parametrize(
-    "change", [pytest.param(c, marks=[pytest.mark.slow] if c == "compile" else []) for c in EXECUTION]
+    "change", [pytest.param(c, marks=[pytest.mark.slow] if c != "activation checkpointing" else []) for c in EXECUTION]
 )
 def test_how_it_is_executed_may_change(cache, whole, resume, tmp_path, change):
     """Fault 20. The same training, bit for bit with other workers."""
@@ -159,6 +159,7 @@ def test_how_it_is_executed_may_change(cache, whole, resume, tmp_path, change):
         assert row == (pytest.approx(other, rel=tolerance) if tolerance else other)
 
 
+@pytest.mark.slow
 def test_two_workers_then_none(cache, whole, tmp_path):
     """Fault 20."""
     assert (

@@ -316,7 +316,7 @@ STATIC, DRIFT, LOSING = "are becoming static: ", "latents drifts: ", "the critic
     ("fault", "warning"),
     [
         ({"still": True, "training__steps": 12}, STATIC),
-        ({"models.student.optimizer.lr": 3e-3, "training__steps": 20}, DRIFT),
+        pytest.param({"models.student.optimizer.lr": 3e-3, "training__steps": 20}, DRIFT, marks=pytest.mark.slow),
         ({"models.critic.optimizer.lr": 0.1, "training__steps": 8}, LOSING),
     ],
     ids=["a student that stands still", "student 30 times too fast", "critic 1000 times too fast"],
@@ -329,6 +329,7 @@ def test_collapse_is_noticed(prompts, tmp_path, capsys, fault, warning):
     assert all(line.startswith("WARNING, step ") for line in said)
 
 
+@pytest.mark.slow
 def test_a_healthy_run_is_not_warned_of(prompts, tmp_path, capsys):
     """The same run without a fault."""
     values = watched(tmp_path, prompts)
@@ -338,7 +339,9 @@ def test_a_healthy_run_is_not_warned_of(prompts, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("seed", [0, pytest.param(2, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("lr", [1e-4, 3e-3], ids=["gains contrast", "diverges at once"])
+@pytest.mark.parametrize(
+    "lr", [pytest.param(1e-4, marks=pytest.mark.slow), 3e-3], ids=["gains contrast", "diverges at once"]
+)
 def test_the_teacher_is_the_yardstick(setting, tmp_path, capsys, seed, lr):
     """A few-step student starts from blurred videos, and healthy training multiplies their variance; one that diverges in its
     first step has no healthy start to be compared with."""

@@ -365,8 +365,11 @@ def run_stages(folder: Path, start: Path, case: str) -> tuple[Path, list[Path]]:
     return cache, [folder / f"stage-{number}" for number in range(len(stages))]
 
 
+SLOW = ("1 -> 3", "2 -> 4, torchrun")
+
+
 @pytest.mark.faults
-@pytest.mark.parametrize("case", [pytest.param("1 -> 3", marks=pytest.mark.slow), *list(CASES)[1:]])
+@pytest.mark.parametrize("case", [pytest.param(c, marks=[pytest.mark.slow] if c in SLOW else []) for c in CASES])
 def test_stops_of_real_processes(case, start, tmp_path):
     """Faults 1, 20, 21. Each sample of an epoch once, in the one order, whatever stops, ranks and workers; and what a stage
     loads is bit for bit what the one before it saved: parameters, optimizer, moving average, schedule, position in the data."""
@@ -489,6 +492,7 @@ def test_held_out_loss_is_the_same_on_other_ranks_and_after_a_resume(plain, resu
     assert expected[6]["validation_ema/loss"] != pytest.approx(expected[6]["validation/loss"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_ranks_that_share_a_sequence_validate_as_one(runs, plain):
     shared = runs.run("shared", 2, parallelism__context_parallel_degree=2, checkpoint__enable=False)
     assert heldout_values(shared)[6] == pytest.approx(heldout_values(plain)[6], rel=1e-5)

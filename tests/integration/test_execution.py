@@ -69,7 +69,7 @@ def check_compiled(folder: Path, name: str, mode: str) -> None:
         assert (found[key] - value).norm() <= 1e-5 * value.norm() + 1e-9, (key, value.norm())
 
 
-@pytest.mark.parametrize("name", ["finetune", "dmd2"])
+@pytest.mark.parametrize("name", ["finetune", pytest.param("dmd2", marks=pytest.mark.slow)])
 def test_compilation_changes_no_number(tmp_path, single_process_group, name):
     check_compiled(tmp_path, name, "selective")
 

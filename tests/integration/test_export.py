@@ -304,7 +304,7 @@ def test_the_original_names_in_one_file(runs, tmp_path, dtype):
 # LoRA: one adapter, every way into diffusers.
 
 
-@pytest.mark.parametrize(("alpha", "tolerance"), [(8.0, 0.0), (6.0, 1e-6)])
+@pytest.mark.parametrize(("alpha", "tolerance"), [pytest.param(8.0, 0.0, marks=pytest.mark.slow), (6.0, 1e-6)])
 def test_every_lora_dialect_is_the_trained_adapter(tmp_path, alpha, tolerance):
     """alpha / rank = 2 multiplies exactly: no difference at all between the adapter as it was trained and either file."""
     from diffusers import WanPipeline
@@ -372,7 +372,9 @@ def test_a_killed_export_leaves_nothing_under_its_name(runs, tmp_path, point):
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize("point", ["export.before_rename", "export.between_renames"])
+@pytest.mark.parametrize(
+    "point", [pytest.param("export.before_rename", marks=pytest.mark.slow), "export.between_renames"]
+)
 def test_a_killed_replacement_leaves_the_old_one(runs, tmp_path, point):
     """Fault 43. Killed while it replaces an export: the old one is there, or comes back, whole."""
     arguments = ("--checkpoint", runs.finetune, "--output", tmp_path / "out", "--format", "original")

@@ -289,6 +289,7 @@ def rewrite(cache: Path, **changed: torch.Tensor) -> None:
     (cache / "manifest.json").write_text(json.dumps(manifest))
 
 
+@pytest.mark.slow
 def test_verify_finds_what_differs(folder, tmp_path):
     videos, output = tmp_path / "videos", tmp_path / "cache"
     videos.mkdir()

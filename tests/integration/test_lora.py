@@ -324,6 +324,7 @@ def test_a_base_that_is_gone_or_another_is_said(setting, tmp_path):
         weights.read_checkpoint(checkpoint(tmp_path, 1), "student")
 
 
+@pytest.mark.slow
 def test_distillation_of_the_teachers_trajectories_on_its_network(setting, tmp_path):
     """The teacher goes when they are made, its network stays under the student; a second run does not ask for the teacher."""
     recipe = kd_recipe(tmp_path, {"student": SHARED, "teacher": {"init_from": setting.teacher}})

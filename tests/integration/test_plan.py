@@ -102,7 +102,7 @@ def tracked_peak(cfg: JobConfig) -> float:
     return tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
 
 
-QUICK = ["finetune mid selective", "dmd2 tiny full"]
+QUICK = ["finetune mid selective"]
 CASES = [(m, f, ac) for m in ("finetune", "dmd2") for f in ("tiny", "mid") for ac in ("none", "selective", "full")]
 
 
@@ -132,7 +132,8 @@ def test_checkpointing_saves_memory(cache, tmp_path, flavors):
     assert peaks[0] > 1.5 * peaks[1] and peaks[1] > 1.01 * peaks[2]
 
 
-@pytest.mark.parametrize("method", ["finetune", pytest.param("dmd2", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["finetune", "dmd2"])
 def test_what_is_continued_is_what_is_run(cache, tmp_path, flavors, monkeypatch, method):
     """Seven blocks from three and four, and all seven: memory, calls and bytes; with two kinds of depth."""
     cfg = configured(cache, tmp_path, method, "mid", "full")
