@@ -138,7 +138,7 @@ KILLS = {  # what happens at the third save, and what is left
     "before the rename": ({"faults": "kill save.before_rename step=3"}, ["step-1", "step-2", "step-3.tmp"]),
     "before the purge": ({"faults": "kill save.before_purge step=3"}, ["step-1", "step-2", "step-3"]),
 }
-QUICK = ("in a shard", "before the manifest", "before the purge")
+QUICK = ("in a shard", "before the purge")
 
 
 def cases(mode: str, quick: tuple[str, ...]) -> list[Any]:

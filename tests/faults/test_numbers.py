@@ -144,7 +144,8 @@ def test_a_run_with_skips_resumes_bit_for_bit(cache, tmp_path, expect):
     assert saved(tmp_path / "resumed", 6)[1]["schedulers.student"]["last_epoch"] == 4
 
 
-@pytest.mark.parametrize("role", ["student", pytest.param("critic", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("role", ["student", "critic"])
 def test_the_other_roles_phase_goes_on(cache, tmp_path, expect, role):
     """Fault 24. Of the two phases of a step, the one that is not finite changes nothing of its role, the other one all."""
     expect("inf gradient step=2" if role == "student" else "inf gradient step=3")

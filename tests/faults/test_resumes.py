@@ -173,6 +173,7 @@ def test_two_workers_then_none(cache, whole, tmp_path):
     assert_same_checkpoint(tmp_path / "whole/run/checkpoint/step-4", tmp_path / "run/checkpoint/step-4")
 
 
+@pytest.mark.slow
 def test_ranks_that_do_not_divide_the_batch(cache, tmp_path):
     """Fault 22. One line, before anything is made."""
     assert launch(3, arguments_of(cache, tmp_path), tmp_path) == [2, 2, 2], output(tmp_path)

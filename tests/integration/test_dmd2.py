@@ -84,7 +84,7 @@ def whole(setting, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("stop", [4, 7])
+@pytest.mark.parametrize("stop", [4, pytest.param(7, marks=pytest.mark.slow)])
 def test_a_stop_between_two_updates_of_the_student_changes_nothing(setting, whole, tmp_path, monkeypatch, stop):
     """Bit for bit: roles, optimizers, moving average, schedules, generators, logged values."""
     step_of = DMD2Method.single_train_step

@@ -361,7 +361,9 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize("point", ["export.weights step=20", "export.before_rename"])
+@pytest.mark.parametrize(
+    "point", ["export.weights step=20", pytest.param("export.before_rename", marks=pytest.mark.slow)]
+)
 def test_a_killed_export_leaves_nothing_under_its_name(runs, tmp_path, point):
     """Fault 43. SIGKILL in the middle: no folder; the same command then writes it, and the rest is gone."""
     arguments = ("--checkpoint", runs.finetune, "--output", tmp_path / "out")

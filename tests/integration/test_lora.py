@@ -120,7 +120,7 @@ def test_a_checkpoint_holds_adapters_and_the_identity_of_the_base(setting, whole
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize("stop", [5, 7])
+@pytest.mark.parametrize("stop", [5, pytest.param(7, marks=pytest.mark.slow)])
 def test_a_stopped_run_resumes_bit_for_bit(setting, whole, tmp_path, monkeypatch, stop):
     """Fault 2: DMD2."""
     step_of = DMD2Method.single_train_step

@@ -173,7 +173,7 @@ def test_the_same_training_however_it_is_split(setting, method, split):
         assert max(apart.values()) < 1e-5, max(apart.items(), key=lambda item: item[1])
 
 
-@pytest.mark.parametrize("method", ["kd", "kd_causal"])
+@pytest.mark.parametrize("method", ["kd", pytest.param("kd_causal", marks=pytest.mark.slow)])
 def test_distillation_on_trajectories_of_a_shared_sequence(setting, tmp_path, method):
     """A teacher that two ranks share makes the same trajectories, each once, and the student learns the same from them."""
     caches, losses = [], []

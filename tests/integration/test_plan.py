@@ -153,6 +153,7 @@ def test_what_is_continued_is_what_is_run(cache, tmp_path, flavors, monkeypatch,
         assert dataclasses.astuple(continued.roles[role]) == pytest.approx(dataclasses.astuple(whole.roles[role]))
 
 
+@pytest.mark.slow
 def test_a_shared_network_counts_for_the_role_that_has_it():
     """Student and critic are listed around the teacher, and hold their adapters alone."""
     cfg = load_config(["--job.config_file", str(ROOT / "train_configs/tiny_dmd2_lora.toml")], world_size=1)
@@ -191,6 +192,7 @@ def test_collectives_of_fine_tuning(cache, tmp_path, mode, exchanges):
     assert calls(cfg, 2) == {"student": {"all-gather": 11, "reduce-scatter": 5, "all-to-all": 4 * exchanges}}
 
 
+@pytest.mark.slow
 def test_collectives_of_dmd2(cache, tmp_path):
     """One rung: the student's phase gathers the student twice, critic and teacher (two branches) once a forward; the critic's
     the student once. Nobody's gradients are reduced but those of the phase."""
@@ -237,7 +239,7 @@ RECIPES = sorted((ROOT / "train_configs").glob("tiny_*.toml"))
         pytest.param(
             path,
             id=path.stem,
-            marks=[] if path.stem == "tiny_self_forcing" else [pytest.mark.slow],
+            marks=[] if path.stem == "tiny_dmd2" else [pytest.mark.slow],
         )
         for path in RECIPES
     ],

@@ -76,7 +76,7 @@ def prompt_cache(prompts, tmp_path_factory):
     return output
 
 
-@pytest.fixture(params=["videos", "prompts"])
+@pytest.fixture(params=["videos", pytest.param("prompts", marks=pytest.mark.slow)])
 def either(request):
     """(source, the cache made of it) of both kinds."""
     names = {"videos": "cache", "prompts": "prompt_cache"}
@@ -200,6 +200,7 @@ def test_a_shard_that_is_no_longer_whole_is_made_again(either, tmp_path):
 
 
 @pytest.mark.faults
+@pytest.mark.slow
 def test_killed_before_and_between_the_first_files(videos, cache, tmp_path):
     """Fault 43."""
     for name in ("contract", "overwrite"):

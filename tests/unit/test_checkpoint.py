@@ -468,7 +468,13 @@ def test_what_has_the_name_already_is_kept_unless_it_is_ours_and_whole(tmp_path,
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize("point", ["_commit", "_entry", "write_atomic:manifest.json", "publish"])
+@pytest.mark.parametrize(
+    "point",
+    [
+        *(pytest.param(p, marks=pytest.mark.slow) for p in ("_commit", "_entry", "publish")),
+        "write_atomic:manifest.json",
+    ],
+)
 def test_a_kill_before_the_commit_leaves_the_good_one(tmp_path, point):
     """Fault 3."""
     program = textwrap.dedent(f"""
