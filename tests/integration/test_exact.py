@@ -791,7 +791,7 @@ def recipes(cache, heldout, tmp_path_factory):
                 "compile__enable": False,  # minutes on a CPU, and the same arithmetic
                 "ema__start_step": 0,
                 "lr_scheduler__warmup_steps": 0,
-                "checkpoint__interval": 2,
+                "checkpoint__interval": 1,
                 "validation__num_prompts": 1,
                 "validation__num_prompts_last": 0,
                 "validation__sampling_steps": 1,
