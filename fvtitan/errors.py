@@ -56,6 +56,12 @@ def _print_exception(kind: type[BaseException], error: BaseException, at: Traceb
     print(redacted("".join(traceback.format_exception(kind, error, at))), end="", file=sys.stderr)
 
 
+def listed(names: Iterable[str], separator: str = ", ") -> str:
+    """The first 20, and how many more there are."""
+    names = list(names)
+    return separator.join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
+
+
 def shortened(text: object, limit: int = 200) -> str:
     """Somebody's text for the one line of an error: cut at `limit` characters, with escapes for what cannot be printed."""
     text = str(text)

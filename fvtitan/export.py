@@ -38,14 +38,13 @@ from fvtitan.components.files import fsync_path
 from fvtitan.components.model_card import model_card
 from fvtitan.config import read_toml
 from fvtitan.contract import SamplerContract, contract_of
-from fvtitan.errors import UserError, cli, is_disk_full
+from fvtitan.errors import UserError, cli, is_disk_full, listed
 from fvtitan.models.pipeline import CONTRACT_NAME, TINY_WAN, pipeline_folder
 from fvtitan.models.wan.adapter import (
     config_to_diffusers,
     config_to_original,
     diffusers_names,
     diffusers_shape,
-    listed,
     to_diffusers_name,
 )
 from fvtitan.models.wan.files import WEIGHTS_NAME, TensorSpec, parameter_shapes, write_safetensors

@@ -35,7 +35,7 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 
-from fvtitan.components.files import write_atomic
+from fvtitan.components.files import file_sha256, write_atomic
 from fvtitan.components.progress import Progress
 from fvtitan.data.clips import Bucket, parse_buckets, plan_clip
 from fvtitan.data.latent_cache import FORMAT_VERSION, fingerprint, read_jsonl, shard_bytes, stack_text, text_key
@@ -149,15 +149,6 @@ class PreprocessConfig:
         if not data.is_dir() and not (data.is_file() and data.suffix.lower() in LIST_SUFFIXES):
             found = f"not a {kinds} file" if data.is_file() else f"no such folder or {kinds} file"
             raise UserError(f"--data {self.data}: {found}")
-
-
-def file_sha256(path: Path) -> str:
-    """Of a file's bytes, in hexadecimal."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def build_contract(cfg: PreprocessConfig, records: list[Record]) -> dict[str, Any]:

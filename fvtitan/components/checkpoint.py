@@ -16,7 +16,6 @@ there. What a new checkpoint of the same step must not replace becomes `step-<N>
 from __future__ import annotations
 
 import datetime
-import hashlib
 import io
 import itertools
 import json
@@ -44,7 +43,7 @@ from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.tensor import DTensor, Replicate
 
 from fvtitan.components import faults
-from fvtitan.components.files import fsync_path, write_atomic
+from fvtitan.components.files import file_sha256, fsync_path, write_atomic
 from fvtitan.components.stateful import (
     ModelState,
     OptimizerState,
@@ -54,7 +53,7 @@ from fvtitan.components.stateful import (
     TrainState,
 )
 from fvtitan.distributed.utils import local_tensor
-from fvtitan.errors import EXIT_DISK_FULL, UserError, is_disk_full, shortened
+from fvtitan.errors import EXIT_DISK_FULL, UserError, is_disk_full, listed, shortened
 
 if TYPE_CHECKING:
     from fvtitan.config import CheckpointSection
@@ -99,7 +98,7 @@ class Checkpointer:
     """Saves and loads `states`: dotted names (`roles.student.transformer`) to objects with a `state_dict`.
 
     `random_state` is each rank's own; all other plain values are taken to be equal everywhere.
-    All methods but `steps`, `latest_step` and `path` are collective: every rank calls them, and an error on one rank
+    All methods but `steps` and `path` are collective: every rank calls them, and an error on one rank
     is raised on all. `keep_latest_k` = 0 keeps everything. `async_mode` "async" copies the state and writes it in the
     background: call `maybe_finish()` every step, and `close()` at the end or use it in `with`, or its errors stay unseen.
     `on_failed_save` "continue": a save that fails is a warning, unless it is the last one. `timeout`: how long a rank waits
@@ -150,10 +149,6 @@ class Checkpointer:
             return []
         names = (_STEP.fullmatch(path.name) for path in self.folder.iterdir())
         return sorted(int(name[1]) for name in names if name and _is_complete(self.folder / name[0]))
-
-    def latest_step(self) -> int | None:
-        """The newest complete checkpoint, or None."""
-        return max(self.steps(), default=None)
 
     def find(self, section: CheckpointSection) -> Path | None:
         """What to start from: this folder (`load_step` or the latest), else `initial_load_path`, else None. All of it has
@@ -511,7 +506,7 @@ class Checkpointer:
                 if actual != size:
                     found = "is missing" if actual is None else f"has {actual} bytes"
                     raise DamagedCheckpoint(f"damaged checkpoint {path}: {name} {found}, written were {size}")
-                if number % self.world_size == self.rank and _sha256(path / name) != digest:
+                if number % self.world_size == self.rank and file_sha256(path / name) != digest:
                     raise DamagedCheckpoint(
                         f"damaged checkpoint {path}: {name} has changed since it was written (sha256 differs)"
                     )
@@ -646,7 +641,7 @@ def _match(
     refused = [name for name in missing if not _under(name, [_PER_RANK]) and not _under(name, allow_missing)]
     if refused:
         raise UserError(
-            f"the checkpoint lacks {_listed(refused)}; it holds {_listed(saved_plain)}. "
+            f"the checkpoint lacks {listed(refused)}; it holds {listed(saved_plain)}. "
             "Allow it by name, or start from a checkpoint that has it"
         )
     names, templates, tensors = [], {}, {}
@@ -689,7 +684,7 @@ def _compare(
         elif tensor.dtype != saved[key].properties.dtype and not allow_cast:
             differing.append(f"{key} {saved[key].properties.dtype} saved, {tensor.dtype} here")
     problems = [
-        f"{len(keys)} {title}: {_listed(keys)}"
+        f"{len(keys)} {title}: {listed(keys)}"
         for title, keys in (
             ("missing in the checkpoint", missing),
             ("unexpected in the checkpoint", unexpected),
@@ -701,21 +696,11 @@ def _compare(
         raise UserError(f"the checkpoint does not fit this run. {'; '.join(problems)}")
 
 
-def _listed(names: Collection[str]) -> str:
-    names = list(names)
-    return ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
-
-
 # Files
 
 
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _entry(path: Path) -> dict[str, Any]:
-    return {"name": path.name, "size": path.stat().st_size, "sha256": _sha256(path)}
+    return {"name": path.name, "size": path.stat().st_size, "sha256": file_sha256(path)}
 
 
 def _read_manifest(path: Path) -> dict[str, tuple[int, str]]:
@@ -751,7 +736,7 @@ def verify_files(path: str | Path) -> None:
     file is not what was written."""
     path = Path(path)
     for name, (size, digest) in _read_manifest(path).items():
-        if not (path / name).is_file() or (path / name).stat().st_size != size or _sha256(path / name) != digest:
+        if not (path / name).is_file() or (path / name).stat().st_size != size or file_sha256(path / name) != digest:
             raise DamagedCheckpoint(f"damaged checkpoint {path}: {name} is missing or has changed since it was written")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -32,6 +33,12 @@ def write_atomic(path: str | Path, content: str | bytes) -> None:
     finally:
         temporary.unlink(missing_ok=True)
     fsync_path(path.parent)
+
+
+def file_sha256(path: str | Path) -> str:
+    """Of a file's bytes, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def open_safetensors(path: str | Path) -> Any:

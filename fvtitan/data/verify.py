@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fvtitan.components.files import file_sha256
 from fvtitan.data.clips import Bucket, parse_buckets
 from fvtitan.data.latent_cache import LatentCache
 from fvtitan.data.listing import Record, data_root, list_prompts, list_records
@@ -17,7 +18,7 @@ from fvtitan.data.video import Isolated, VideoError, VideoLimits, read_video
 from fvtitan.errors import UserError
 from fvtitan.models.encoders import TextEncoder, VideoVAE, component_hash
 from fvtitan.models.pipeline import pipeline_folder
-from fvtitan.preprocess import PreprocessConfig, file_sha256
+from fvtitan.preprocess import PreprocessConfig
 
 # Two steps of bfloat16: encoding in a batch of another size rounds differently.
 TOLERANCE = 2**-7

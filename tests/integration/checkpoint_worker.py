@@ -72,7 +72,7 @@ def go_on(folder: Path, *, asynchronous: bool) -> dict:
     checkpointer = Checkpointer(folder, async_mode="async" if asynchronous else "disabled")
     net, optimizer = build(seed=dist.get_world_size())
     states, report = states_of(net, optimizer), {}
-    start = checkpointer.latest_step() or 0
+    start = max(checkpointer.steps(), default=0)
     if start:
         checkpointer.load(start, states)
         report["loaded"] = digest(net, optimizer)

@@ -314,7 +314,7 @@ def simple(value: float = 1.0) -> dict:
 
 def test_only_complete_checkpoints_with_the_exact_name_count(tmp_path):
     checkpointer = Checkpointer(tmp_path / "c")
-    assert checkpointer.steps() == [] and checkpointer.latest_step() is None
+    assert checkpointer.steps() == []
     for number in (10, 9, 100):
         checkpointer.save(number, simple())
     for name in ("step-101.tmp", "my-step-102", "step-103-copy", "step-0104"):
@@ -323,11 +323,11 @@ def test_only_complete_checkpoints_with_the_exact_name_count(tmp_path):
             (tmp_path / "c" / name / file.name).write_bytes(file.read_bytes())
     (tmp_path / "c" / "step-105").mkdir()
     (tmp_path / "c" / "step-106").write_text("a file")
-    assert checkpointer.steps() == [9, 10, 100] and checkpointer.latest_step() == 100
+    assert checkpointer.steps() == [9, 10, 100]
     manifest = json.loads((checkpointer.path(9) / "manifest.json").read_text())["files"]
     assert {e["name"] for e in manifest} | {"manifest.json"} == {p.name for p in checkpointer.path(9).iterdir()}
     (checkpointer.path(100) / ".metadata").unlink()
-    assert checkpointer.latest_step() == 10
+    assert checkpointer.steps()[-1] == 10
 
 
 def test_what_to_start_from(tmp_path):
@@ -510,7 +510,7 @@ def test_a_kill_before_the_commit_leaves_the_good_one(tmp_path, point):
     assert result.returncode == -9, result.stderr
     assert list((tmp_path / "c" / "step-2.tmp").glob("*.distcp"))
     checkpointer = Checkpointer(tmp_path / "c")
-    assert checkpointer.latest_step() == 1
+    assert checkpointer.steps()[-1] == 1
     assert sorted(p.name for p in (tmp_path / "c").iterdir()) == ["step-1", "step-9.tmp"]
     state = simple(5.0)
     checkpointer.load(1, state)
@@ -576,7 +576,7 @@ def bad_blocks(monkeypatch):
     from fvtitan.components import checkpoint
 
     read: list[str] = []  # the folders whose bytes are read
-    sha256 = checkpoint._sha256
+    sha256 = checkpoint.file_sha256
 
     def reading(path):
         read.append(path.parent.name)
@@ -584,7 +584,7 @@ def bad_blocks(monkeypatch):
             raise OSError(5, "Input/output error")
         return sha256(path)
 
-    monkeypatch.setattr(checkpoint, "_sha256", reading)
+    monkeypatch.setattr(checkpoint, "file_sha256", reading)
     return read
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Size, Tensor
 
-from fvtitan.errors import UserError, did_you_mean
+from fvtitan.errors import UserError, did_you_mean, listed
 from fvtitan.models.wan.transformer import FLAVORS, WanConfig
 
 # (ours, diffusers). norm2 <-> norm3 are swapped between the two; ours has no parameters in norm1 and norm2.
@@ -48,12 +48,6 @@ def diffusers_names(names: Iterable[str]) -> dict[str, str]:
     mapping = {name: to_diffusers_name(name) for name in names}
     assert len(set(mapping.values())) == len(mapping)
     return mapping
-
-
-def listed(names: Iterable[str], separator: str = ", ") -> str:
-    """The first 20, and how many more there are."""
-    names = list(names)
-    return separator.join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
 
 
 def check_complete(ours: dict[str, str], available: Iterable[str], where: str) -> None:

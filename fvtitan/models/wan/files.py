@@ -28,7 +28,7 @@ from torch import Tensor
 
 from fvtitan.components import faults
 from fvtitan.components.files import open_safetensors
-from fvtitan.errors import UserError
+from fvtitan.errors import UserError, listed
 from fvtitan.models.pipeline import CONTRACT_NAME, pipeline_folder, pipeline_text_len
 from fvtitan.models.wan.adapter import (
     check_complete,
@@ -36,7 +36,6 @@ from fvtitan.models.wan.adapter import (
     config_from_original,
     diffusers_names,
     diffusers_shape,
-    listed,
 )
 from fvtitan.models.wan.transformer import FLAVORS, WanConfig, WanTransformer
 

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fvtitan.components.checkpoint import Checkpointer, ModelState, read_tensor_names, read_tensors, verify_files
-from fvtitan.components.files import write_atomic
+from fvtitan.components.files import file_sha256, write_atomic
 from fvtitan.components.lora import LoRAConfig, base_parameters, merge_adapter
 from fvtitan.components.rng import generator
 from fvtitan.distributed.utils import local_rows, local_tensor, reshard
@@ -46,10 +46,7 @@ def weights_hash(model: RoleConfig) -> str:
     files = open_weights(model.init_from, model.init_weights)
     paths = [*([files.config] if files.config else []), *files.paths]
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    mine = {}
-    for path in paths[rank::world]:
-        with path.open("rb") as file:
-            mine[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    mine = {path.name: file_sha256(path) for path in paths[rank::world]}
     hashes = [mine] * world
     if world > 1:
         dist.all_gather_object(hashes, mine)
