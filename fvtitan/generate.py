@@ -111,19 +111,24 @@ def load_model(
     source: str,
     *,
     raw: bool = False,
+    untrained: bool = False,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
     shift: float | None = None,
 ) -> Loaded:
     """An export or another pipeline, or the student of a run's checkpoint: its moving average where there is one, unless
-    `raw`. `dtype`: of weights and computation; None: as stored. `shift`: see `source_contract`.
+    `raw`; with `untrained`, what it was before its training. `dtype`: of weights and computation; None: as stored. `shift`: see
+    `source_contract`.
 
     Raises `UserError` when `source` is neither, or damaged.
     """
     contract, pipeline = source_contract(source, shift)
     if weights.is_checkpoint(source):
         role = read_toml(Path(source) / "config.toml").models["student"]
-        sizes, tensors = weights.read_checkpoint(source, "student", raw=raw)
+        if untrained:
+            sizes, tensors = weights.checkpoint_sizes(source, "student"), weights.read_untrained(source, "student")
+        else:
+            sizes, tensors = weights.read_checkpoint(source, "student", raw=raw)
     else:
         role = RoleConfig()
         if contract.causal is not None:

@@ -6,8 +6,9 @@
 
 A model is a pipeline in diffusers layout ("tiny-wan", a folder, a hub id), sampled by Euler steps, or an export or a checkpoint
 of a run, sampled as its own method says; of a checkpoint the moving average is taken where there is one. `--rungs` samples
-few-step students on these ladders, and pipelines too: what a student was before its training. All models get the same captions
-and noise, so a second table compares checkpoints with pipelines video by video.
+few-step students on these ladders, and pipelines too; `--untrained` adds what each checkpoint's student was before its
+training, sampled in the same way. All models get the same captions and noise, so a second table compares checkpoints with
+pipelines video by video.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ from fvtitan.generate import load_model, parse_rungs
 from fvtitan.models.base import CausalModelBase, ModelBase
 from fvtitan.models.encoders import TextEncoder, VideoVAE
 from fvtitan.models.pipeline import TINY_WAN
+from fvtitan.models.wan.weights import is_checkpoint
 from fvtitan.samplers import SamplerSpec, describe, num_forwards
 
 BATCH = 16
@@ -68,6 +70,8 @@ class Row:
     """Of the first and the last third of each video, when they were judged."""
     own: bool = False
     """A checkpoint or an export, not a pipeline of others."""
+    untrained: bool = False
+    """What the student of the checkpoint was before its training."""
 
     @property
     def scores(self) -> dict[str, float]:
@@ -127,17 +131,25 @@ def score_sources(
     *,
     steps: Sequence[int],
     lengths: Sequence[int],
-    num_videos: int,
+    num_videos: int | Sequence[int],
     guidance: Sequence[float],
     rungs: Sequence[Sequence[float]] = (),
     thirds: bool = False,
     pipeline: str = TINY_WAN,
     raw: bool = False,
+    untrained: bool = False,
+    ceiling: bool = True,
 ) -> Iterator[tuple[Row, list[tuple[str, Tensor]]]]:
     """Row by row, as they come: every source at every length, and the VAE's ceiling at every length. A pipeline has a row for
     each number of Euler steps and guidance; it and a few-step student have one for each ladder of `rungs` (timesteps before
-    the shift; none: the student's own). `pipeline` names the text encoder and VAE."""
-    loaded = {source: load_model(source, raw=raw) for source in sources}
+    the shift; none: the student's own). `num_videos`: of every row, or one number a length. `untrained`: checkpoints also as
+    they began. `pipeline` names the text encoder and VAE."""
+    counts = [num_videos] * len(lengths) if isinstance(num_videos, int) else num_videos
+    loaded = {}
+    for source in sources:
+        loaded[source, False] = load_model(source, raw=raw)
+        if untrained and is_checkpoint(source):
+            loaded[source, True] = load_model(source, untrained=True)
     vae, encoder = VideoVAE(pipeline), TextEncoder(pipeline)
     prompts = [attributes.caption for attributes in held_out_combinations()]
     embeds = [row.bfloat16() for row in encoder.encode(prompts)]
@@ -146,8 +158,8 @@ def score_sources(
         if isinstance(each.model, CausalModelBase):
             for num_frames in lengths:  # one that does not fit is an error before anything is sampled
                 each.model.causal.blocks((num_frames - 1) // vae.temporal_ratio + 1)
-    for num_frames in lengths:
-        for source, each in loaded.items():
+    for num_frames, count in zip(lengths, counts, strict=True):
+        for (source, before), each in loaded.items():
             model, own_spec, shift = each.model, each.contract.spec, each.contract.shift
             few = [SamplerSpec(few_step_ladder(timesteps, shift), solver="sde") for timesteps in rungs]
             if not each.own:
@@ -157,11 +169,13 @@ def score_sources(
             else:
                 specs = [own_spec]
             for spec in specs:
-                size = {"num_frames": num_frames, "num_videos": num_videos}
-                row, shown = score(source, model, spec, vae, prompts, embeds, **size, thirds=thirds)
-                row.own = each.own
+                size = {"num_frames": num_frames, "num_videos": count}
+                name = f"{source}, untrained" if before else source
+                row, shown = score(name, model, spec, vae, prompts, embeds, **size, thirds=thirds)
+                row.own, row.untrained = each.own, before
                 yield row, shown
-        yield vae_ceiling(vae, num_frames=num_frames, num_videos=num_videos), []
+        if ceiling:
+            yield vae_ceiling(vae, num_frames=num_frames, num_videos=count), []
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -223,32 +237,44 @@ def main() -> None:
     )
     parser.add_argument("--steps", type=int, nargs="+", default=[50, 16, 4], help="Euler steps of pipelines (50 16 4)")
     parser.add_argument("--num-frames", type=int, nargs="+", default=[33], help="lengths in frames, 4n + 1 (33)")
-    parser.add_argument("--num-videos", type=int, default=192, help="videos a row (192)")
+    parser.add_argument(
+        "--num-videos", type=int, nargs="+", default=[192], help="videos a row, or one number a length (192)"
+    )
     parser.add_argument("--guidance", type=float, nargs="+", default=[3.0], help="u + g (c - u), of pipelines (3)")
     parser.add_argument("--rungs", nargs="+", default=[], help="ladders of few-step sampling, such as 1000,500")
     parser.add_argument("--thirds", action="store_true", help="judge the first and the last third of each video too")
     parser.add_argument("--pipeline", default=TINY_WAN, help="whose text encoder and VAE are used (tiny-wan)")
     parser.add_argument("--raw", action="store_true", help="of checkpoints the student itself, not its moving average")
+    parser.add_argument("--untrained", action="store_true", help="checkpoints also as they were before their training")
+    parser.add_argument("--no-ceiling", action="store_true", help="leave out rendered clips through the VAE")
     parser.add_argument("--output", default="", help="folder for rows.json and a contact sheet a row")
     args = parser.parse_args()
     for frames in args.num_frames:
         if frames < 1 or frames % 4 != 1:
             raise UserError(f"--num-frames {frames}: must be 4n + 1; nearest: {max(0, frames // 4) * 4 + 1}")
-    for option, values in (("--steps", args.steps), ("--num-videos", [args.num_videos])):
+    for option, values in (("--steps", args.steps), ("--num-videos", args.num_videos)):
         if min(values) < 1:
             raise UserError(f"{option} {min(values)}: must be >= 1")
+    if len(args.num_videos) not in (1, len(args.num_frames)):
+        raise UserError(
+            f"--num-videos {' '.join(map(str, args.num_videos))}: need one number, or one for each of the "
+            f"{len(args.num_frames)} lengths of --num-frames"
+        )
+    counts = args.num_videos if len(args.num_videos) > 1 else args.num_videos * len(args.num_frames)
     rungs = [parse_rungs(text) for text in args.rungs]
     rows: list[Row] = []
     for row, shown in score_sources(
         args.models,
         steps=args.steps,
         lengths=args.num_frames,
-        num_videos=args.num_videos,
+        num_videos=counts,
         guidance=args.guidance,
         rungs=rungs,
         thirds=args.thirds,
         pipeline=args.pipeline,
         raw=args.raw,
+        untrained=args.untrained,
+        ceiling=not args.no_ceiling,
     ):
         rows.append(row)
         print("\n".join(table([row]).splitlines()[2:-1]), flush=True)
@@ -258,7 +284,7 @@ def main() -> None:
     if args.output:
         records = [dataclasses.asdict(row) | {"scores": row.scores} for row in rows]
         write_atomic(Path(args.output) / "rows.json", json.dumps(records, indent=1))
-    print(f"{args.num_videos} videos a row\n{table(rows)}")
+    print(f"{' and '.join(map(str, args.num_videos))} videos a row\n{table(rows)}")
     if compared := comparison(rows):
         print(f"\nDifferences on the same captions and noise, with {CONFIDENCE:.0%} bootstrap intervals\n{compared}")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import re
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -111,6 +111,41 @@ def _strip(frames: np.ndarray, columns: int, times: Sequence[int] | None, font: 
         strip.paste(Image.fromarray(image).resize(cell, Image.Resampling.NEAREST), (left, 0))
         draw.text((left + 2, cell[1] + 1), str(time), fill="gray", font=font)
     return strip
+
+
+def comparison_sheet(
+    prompts: Sequence[str], videos: Mapping[str, Sequence[Tensor | np.ndarray]], path: str | Path, fps: float
+) -> None:
+    """Prompts down, models across: `<path>.png` with the first, the middle and the last frame of every video, `<path>.gif`
+    with all of them playing. `videos`: of each model one uint8 `[T, H, W, 3]` a prompt, all of one size and length."""
+    grid = np.stack(
+        [np.stack([_frames_array(frames) for frames in row]) for row in videos.values()]
+    )  # [M, P, T, H, W, 3]
+    still = grid[:, :, np.linspace(0, grid.shape[2] - 1, 3).round().astype(int)]
+    still = still.transpose(0, 1, 3, 2, 4, 5).reshape(*grid.shape[:2], 1, grid.shape[3], -1, 3)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    out = io.BytesIO()
+    _grid(prompts, list(videos), still[:, :, 0], scale=1).save(out, "PNG")
+    write_atomic(path.with_suffix(".png"), out.getvalue())
+    moving = [np.asarray(_grid(prompts, list(videos), grid[:, :, t], scale=2)) for t in range(grid.shape[2])]
+    write_atomic(path.with_suffix(".gif"), gif_bytes(np.stack(moving), fps))
+
+
+def _grid(rows: Sequence[str], columns: Sequence[str], pictures: np.ndarray, scale: int) -> Image.Image:
+    """Pictures uint8 `[columns, rows, H, W, 3]` below the names of their columns, the text of each row above it."""
+    font = ImageFont.load_default(_TEXT - 3)
+    height, width = (side * scale for side in pictures.shape[2:4])
+    image = Image.new("RGB", (len(columns) * (width + 4) + 4, _LINE + len(rows) * (height + _LINE)), "white")
+    draw = ImageDraw.Draw(image)
+    for column, name in enumerate(columns):
+        draw.text((4 + column * (width + 4), 2), name, fill="black", font=font)
+        for row in range(len(rows)):
+            picture = Image.fromarray(pictures[column, row]).resize((width, height), Image.Resampling.NEAREST)
+            image.paste(picture, (4 + column * (width + 4), 2 * _LINE + row * (height + _LINE)))
+    for row, text in enumerate(rows):
+        draw.text((4, _LINE + 2 + row * (height + _LINE)), text, fill="gray", font=font)
+    return image
 
 
 @dataclass(frozen=True)

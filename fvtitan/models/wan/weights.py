@@ -132,6 +132,19 @@ def read_checkpoint(folder: str | Path, role: str, *, raw: bool = False) -> tupl
     return weights.sizes, weights.full(weights.names)
 
 
+def read_untrained(folder: str | Path, role: str) -> dict[str, Tensor]:
+    """Full tensors of what a role in a run's checkpoint was before its training: of its `init_from`, or of the network under
+    its adapter. Raises `UserError` when it began at random, or when that is no longer there."""
+    from fvtitan.config import read_toml
+
+    models = read_toml(Path(folder) / "config.toml").models
+    model = models[models[role].share_base_with or role]
+    if not model.init_from:
+        raise UserError(f"{folder}: models.{role}.init_from is empty: the {role} was random before its training")
+    source = open_source(model)
+    return source.full(source.names)
+
+
 def is_checkpoint(init_from: str | Path) -> bool:
     """Whether `init_from` is a run's checkpoint `.../checkpoint/step-<N>`, not a pipeline."""
     folder = Path(init_from)
