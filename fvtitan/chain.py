@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import hashlib
+import itertools
 import json
 import os
 import platform
@@ -44,19 +45,23 @@ from fvtitan.components.visualise import comparison_sheet
 from fvtitan.config import read_toml
 from fvtitan.data.moving_shapes import held_out_combinations
 from fvtitan.errors import UserError, cli
-from fvtitan.generate import load_model
+from fvtitan.flow_matching import euler_ladder, few_step_ladder
+from fvtitan.generate import load_model, parse_rungs
+from fvtitan.methods import METHODS
+from fvtitan.models.encoders import TextEncoder, VideoVAE
 from fvtitan.models.pipeline import TINY_WAN
-from fvtitan.samplers import SamplerSpec
+from fvtitan.samplers import SamplerSpec, num_forwards
 from fvtitan.score import score
 
 TRAIN = Path(__file__).parents[1] / "train.py"
 STUDENTS = ("tiny_dfsft", "tiny_kd", "tiny_dmd2", "tiny_kd_causal", "tiny_self_forcing")
+STREAMING = ("tiny_dfsft", "tiny_kd_causal", "tiny_self_forcing")
+UNTRAINED = ("tiny_dfsft", "tiny_kd_causal")  # judged as they began too; the others began as rows that are there anyway
 GOES_ON_WITH = {"tiny_kd_causal": "tiny_dfsft", "tiny_self_forcing": "tiny_kd_causal"}
 RUNGS = {4: "1000,750,500,250", 2: "1000,500"}
 EULER_STEPS = (50, 4, 2)
 SHEET_PROMPTS = 6
 SCORES = ("colour", "shape", "direction", "area_drift", "speed_drift")
-LENGTHS = (33, 105)  # video frames: as trained, and three times as many latent frames
 
 
 @dataclass(frozen=True)
@@ -85,6 +90,12 @@ class Chain:
     def recipe(self, name: str) -> Path:
         return self.recipes / f"{name}.toml"
 
+    @property
+    def lengths(self) -> tuple[int, int]:
+        """Frames of the judged videos: as in training, and three times as many latent frames."""
+        trained = read_toml(self.recipe(STUDENTS[0])).data.num_frames
+        return trained, 3 * (trained + 3) - 3
+
     def checkpoint(self, seed: int, name: str) -> Path:
         """The last checkpoint of a recipe's run."""
         steps = read_toml(self.recipe(name)).training.steps
@@ -108,7 +119,7 @@ class Chain:
     def score(self, name: str, model: str | Path, *more: str, after: tuple[str, ...] = ()) -> Stage:
         """Sample and judge a model at both lengths."""
         command = (sys.executable, "-m", "fvtitan.score", "--models", str(model), *more, "--no-ceiling")
-        command += ("--num-frames", *map(str, LENGTHS), "--num-videos", *map(str, self.num_videos))
+        command += ("--num-frames", *map(str, self.lengths), "--num-videos", *map(str, self.num_videos))
         return Stage(
             f"scores/{name}", (*command, "--output", str(self.output / "scores" / name)), after, model=Path(model)
         )
@@ -130,12 +141,8 @@ class Chain:
                 self.train(seed, "tiny_dmd2", here + "trajectories"),
             ]
             for name in STUDENTS:
-                more = (
-                    ()
-                    if read_toml(self.recipe(name)).models["student"].name == "wan_causal"
-                    else ("--rungs", *RUNGS.values())
-                )
-                more += ("--untrained",) if name in ("tiny_dfsft", "tiny_kd_causal") and here == first else ()
+                more = () if name in STREAMING else ("--rungs", *RUNGS.values())
+                more += ("--untrained",) if name in UNTRAINED and here == first else ()
                 scores.append(self.score(here + name, self.checkpoint(seed, name), *more, after=(here + name,)))
         ways = ("--steps", *map(str, EULER_STEPS), "--rungs", *RUNGS.values())
         return [*trainings, self.score("teacher", TINY_WAN, *ways), *scores]
@@ -158,11 +165,11 @@ class Runner:
         handlers = {
             number: signal.signal(number, self._stop) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
         }
-        waiting, done, failed = list(stages), set(), None
+        waiting, done, failed = list(stages), set(), False
         try:
-            while (waiting or self.running) and not (self.running == {} and (failed or self.stopped_by)):
-                able = [stage for stage in waiting if done.issuperset(stage.after)]
-                for stage in able[: self.jobs - len(self.running)] if not (failed or self.stopped_by) else []:
+            while self.running or (waiting and not failed and not self.stopped_by):
+                able = [] if failed or self.stopped_by else [s for s in waiting if done.issuperset(s.after)]
+                for stage in able[: self.jobs - len(self.running)]:
                     waiting.remove(stage)
                     if self._is_done(stage):
                         done.add(stage.name)
@@ -170,11 +177,11 @@ class Runner:
                     else:
                         self._start(stage)
                 time.sleep(0.2)
-                for stage in [stage for stage, (process, _) in self.running.items() if process.poll() is not None]:
+                for stage in [s for s, (process, _) in self.running.items() if process.poll() is not None]:
                     if self._end(stage):
                         done.add(stage.name)
-                    elif not self.stopped_by and failed is None:
-                        failed = stage
+                    elif not failed:
+                        failed = True
                         self._signal(signal.SIGTERM)
         finally:
             for number, handler in handlers.items():
@@ -300,10 +307,10 @@ def label(name: str, row: Mapping[str, Any]) -> str:
 
 
 def table(found: Sequence[Result]) -> str:
-    """Markdown; of several seeds mean and standard deviation."""
+    """Markdown, short videos first; of several seeds mean and standard deviation."""
     lines = ["| | frames | forwards | s/video | " + " | ".join(name.replace("_", " ") for name in SCORES) + " |"]
     lines.append("| --- " + "| --: " * (3 + len(SCORES)) + "|")
-    for num_frames in LENGTHS:
+    for num_frames in sorted({row.num_frames for row in found}):
         for row in (row for row in found if row.num_frames == num_frames):
             cells = [spread([scores[name] for scores in row.scores], 3) for name in SCORES]
             seconds = f"{statistics.median(row.seconds):.2f}"
@@ -335,38 +342,48 @@ class Expectation:
 
 
 def expectations(recipe: Path) -> list[Expectation]:
-    """The "Expect" lines of a recipe's header: `33 frames, 4 forwards: colour >= 0.98, area drift <= 0.1`."""
-    header = " ".join(
-        line.lstrip("# ").strip() for line in recipe.read_text(encoding="utf-8").splitlines() if line.startswith("#")
-    )
+    """The "Expect" lines of a recipe's header: `33 frames, 4 forwards: colour >= 0.98, area drift <= 0.1`.
+
+    Raises `UserError` for one that cannot be read.
+    """
     found = []
-    for frames, forwards, bounds in re.findall(
-        r"(\d+) frames, (\d+) forwards: ((?:[a-z ]+[<>]= [\d.]*\d,? ?)+)", header
-    ):
-        for name, relation, bound in re.findall(r"([a-z ]+?) ([<>]=) ([\d.]*\d)", bounds):
-            found.append(
-                Expectation(
-                    recipe.stem, int(frames), int(forwards), name.strip().replace(" ", "_"), relation, float(bound)
-                )
-            )
+    for line in itertools.takewhile(lambda line: line.startswith("#"), recipe.read_text(encoding="utf-8").splitlines()):
+        if not (way := re.search(r"(\d+) frames, (\d+) forwards: (.*)", line)):
+            continue
+        for part in way[3].split(","):
+            bound = re.fullmatch(r"\s*([a-z ]+) ([<>]=) (\d*\.?\d+)\s*", part)
+            if not bound:
+                raise UserError(f"{recipe}: {part.strip()!r} in the header: need a score, >= or <=, and a number")
+            score = bound[1].replace(" ", "_")
+            found.append(Expectation(recipe.stem, int(way[1]), int(way[2]), score, bound[2], float(bound[3])))
     return found
 
 
-def check(chain: Chain, found: Sequence[Result]) -> tuple[list[str], bool]:
-    """A line for every number that a header promises, and whether all hold, for every seed.
+def check_expectations(chain: Chain) -> None:
+    """Raise `UserError`, before anything is trained, when a header promises what the chain does not measure."""
+    for name in STUDENTS:
+        cfg = read_toml(chain.recipe(name))
+        spec, student = METHODS[cfg.method.name].sampler(cfg), cfg.models["student"]
+        measured = {(chain.lengths[0], rungs) for rungs in RUNGS} | {(chain.lengths[1], rungs) for rungs in RUNGS}
+        if student.name == "wan_causal":
+            blocks = {frames: len(student.causal().blocks((frames - 1) // 4 + 1)) for frames in chain.lengths}
+            measured = {(frames, num_forwards(spec, blocks[frames])) for frames in chain.lengths}
+        for expected in expectations(chain.recipe(name)):
+            if (expected.num_frames, expected.forwards) not in measured or expected.score not in SCORES:
+                ways = ", ".join(f"{frames} frames, {forwards} forwards" for frames, forwards in sorted(measured))
+                raise UserError(
+                    f"{chain.recipe(name)}: the header expects {expected}; measured are {', '.join(SCORES)} at {ways}"
+                )
 
-    Raises `UserError` when a header promises what is not measured.
-    """
+
+def check(chain: Chain, found: Sequence[Result]) -> tuple[list[str], bool]:
+    """A line for every number that a header promises, and whether all hold, for every seed."""
     rows = {(row.label, row.num_frames, row.forwards): row for row in found}
     lines, good = [], True
     for name in STUDENTS:
         for expected in expectations(chain.recipe(name)):
-            row = rows.get((f"`{name}`", expected.num_frames, expected.forwards))
-            if row is None or expected.score not in row.scores[0]:
-                raise UserError(
-                    f"{chain.recipe(name)}: the header expects {expected}, which the chain does not measure"
-                )
-            values = [scores[expected.score] for scores in row.scores]
+            scores = rows[f"`{name}`", expected.num_frames, expected.forwards].scores
+            values = [each[expected.score] for each in scores]
             holds = all(map(expected.holds, values))
             good &= holds
             lines.append(f"{'ok  ' if holds else 'MISS'} {expected}: {', '.join(f'{value:.3f}' for value in values)}")
@@ -375,10 +392,6 @@ def check(chain: Chain, found: Sequence[Result]) -> tuple[list[str], bool]:
 
 def picture(chain: Chain) -> None:
     """Held-out captions x models, of the first seed: `contact_sheet.png` and `.gif`."""
-    from fvtitan.flow_matching import euler_ladder, few_step_ladder
-    from fvtitan.generate import parse_rungs
-    from fvtitan.models.encoders import TextEncoder, VideoVAE
-
     captions = [attributes.caption for attributes in held_out_combinations()]
     prompts = [captions[i * (len(captions) - 1) // (SHEET_PROMPTS - 1)] for i in range(SHEET_PROMPTS)]
     vae, encoder = VideoVAE(TINY_WAN), TextEncoder(TINY_WAN)
@@ -395,7 +408,7 @@ def picture(chain: Chain) -> None:
     videos = {}
     for title, model, spec in columns:
         model.uncond_embeds = uncond
-        _, shown = score(title, model, spec, vae, prompts, embeds, num_frames=LENGTHS[0], num_videos=len(prompts))
+        _, shown = score(title, model, spec, vae, prompts, embeds, num_frames=chain.lengths[0], num_videos=len(prompts))
         videos[title] = [frames for _, frames in shown]
     comparison_sheet(prompts, videos, chain.output / "contact_sheet", fps=16)
 
@@ -407,7 +420,7 @@ def report(chain: Chain, seconds: Mapping[str, float]) -> int:
     seeds = "seed " + ", ".join(map(str, chain.seeds)) + (", mean ± standard deviation" if len(chain.seeds) > 1 else "")
     machine = f"{os.cpu_count()} CPU cores ({platform.machine()}), torch {torch.__version__}"
     where = f"{machine}, {datetime.date.today()}, commit {commit()}"
-    videos = [f"{count} of {frames} frames" for frames, count in zip(LENGTHS, chain.num_videos, strict=True)]
+    videos = [f"{count} of {frames} frames" for frames, count in zip(chain.lengths, chain.num_videos, strict=True)]
     text = f"{where}; {seeds}; videos a row: {', '.join(videos)}\n\n{table(found)}\n"
     text += "\nWhat the recipes' headers expect:\n\n" + "".join(f"    {line}\n" for line in lines)
     text += "\n| stage | minutes |\n| --- | --: |\n"
@@ -439,7 +452,11 @@ def main() -> int:
     parser.add_argument("--output", default="outputs/chain", help="where everything goes (outputs/chain)")
     parser.add_argument("--recipes", default="train_configs", help="folder of the recipes, or of your changed copies")
     parser.add_argument(
-        "--num-videos", type=int, nargs=2, default=[192, 48], help="judged a row, at 33 and 105 frames (192 48)"
+        "--num-videos",
+        type=int,
+        nargs=2,
+        default=[192, 48],
+        help="judged a row, of the trained length and of three times that (192 48)",
     )
     parser.add_argument("--jobs", type=int, default=min(os.cpu_count() or 1, 8), help="programs at a time (one a core)")
     args = parser.parse_args()
@@ -449,6 +466,7 @@ def main() -> int:
         if min(values) < 1:
             raise UserError(f"{option} {min(values)}: must be >= 1")
     chain = Chain(Path(args.recipes), Path(args.output), args.seeds, args.num_videos)
+    check_expectations(chain)
     runner = Runner(chain.output, args.jobs)
     status = runner.run(chain.stages())
     if status:

@@ -25,11 +25,11 @@ from tests.helpers import ROOT, make_cache, read_checkpoint, small_arguments, tr
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """A causal student of the tiny flavor after two steps, with a moving average that is not the student."""
+    """tiny-wan made causal, after two steps, with a moving average that is not the student."""
     folder = tmp_path_factory.mktemp("score")
     recipe = folder / "recipe.toml"
     recipe.write_text(
-        '[models.student]\nname = "wan_causal"\nflavor = "tiny"\nframes_per_block = 3\nlocal_attn_frames = 6\n'
+        '[models.student]\nname = "wan_causal"\ninit_from = "tiny-wan"\nframes_per_block = 3\nlocal_attn_frames = 6\n'
         '[method]\nname = "dfsft"\n[validation]\nsampling_steps = 2\nguidance_scale = 3.0\n'
     )
     arguments = small_arguments(make_cache(folder / "cache"), folder / "run", training__steps=2, ema__start_step=0)
@@ -113,12 +113,26 @@ def test_rows_and_table(checkpoint):
     assert rows[3].scores["colour"] == rows[3].scores["direction"] == 1.0  # rendered clips
     videos = scored[4][1]
     assert len(videos) == 2 and videos[0][1].shape == (21, 64, 64, 3) and videos[0][1].dtype == torch.uint8
+    before = load_model(sources[1], untrained=True)
+    assert isinstance(before.model, WanCausalModel) and before.contract == load_model(sources[1]).contract
+    for name, tensor in weights.read_pipeline("tiny-wan")[1].items():
+        assert torch.equal(before.model.transformer.get_parameter(name), tensor), name
     lines = table(rows).splitlines()
     assert len(lines) == 2 + len(rows) + 1 and len({line.count("|") for line in lines}) == 1
-    again = [
-        row.scores for row, _ in score_sources(sources[:1], steps=(2,), lengths=(9,), num_videos=2, guidance=(3.0,))
-    ]
-    assert again[0] == rows[0].scores  # noise is fixed
+    keys = {"steps": (2,), "lengths": (9, 21), "num_videos": (2, 1), "guidance": (3.0,), "ceiling": False}
+    again = [row for row, _ in score_sources(sources, untrained=True, **keys)]
+    assert again[0].scores == rows[0].scores and again[1].scores == rows[2].scores  # noise is fixed
+    names = [(row.model, row.untrained, row.num_frames, len(row.judged)) for row in again]
+    models = [("tiny-wan", False), (sources[1], False), (f"{sources[1]}, untrained", True)]
+    assert names == [(*model, *size) for size in ((9, 2), (21, 1)) for model in models]
+
+
+def test_a_student_that_began_at_random_has_no_untrained_self(tmp_path):
+    (tmp_path / "config.toml").write_text('[models.student]\nflavor = "tiny"\n')
+    with pytest.raises(
+        UserError, match="models.student.init_from is empty: the student was random before its training"
+    ):
+        weights.read_untrained(tmp_path, "student")
 
 
 def test_a_length_that_does_not_fit_is_refused_before_sampling(checkpoint):
@@ -141,6 +155,7 @@ def test_the_program(tmp_path):
     [
         (["--num-frames", "32"], "--num-frames 32: must be 4n + 1"),
         (["--steps", "0"], "--steps 0: must be >= 1"),
+        (["--num-videos", "4", "2"], "--num-videos 4 2: need one number, or one for each of the 1 lengths"),
         (["--models", "nowhere"], "'nowhere' is neither"),
     ],
 )
