@@ -50,7 +50,7 @@ from fvtitan.data.listing import (
     list_records,
 )
 from fvtitan.data.video import Isolated, VideoError, VideoLimits, probe_video, read_video
-from fvtitan.distributed.utils import close_distributed, on_rank_zero
+from fvtitan.distributed.utils import close_distributed, on_rank_zero, only_job
 from fvtitan.errors import UserError, cli
 
 SHARD_SAMPLES = 64
@@ -406,11 +406,17 @@ def _commit(cfg: PreprocessConfig, contract: dict[str, Any], num_shards: int, ig
 def preprocess(cfg: PreprocessConfig) -> None:
     """Make the cache, or finish it, or find it finished. All ranks of the process group (if there is one) take part.
 
-    Raises `UserError` for everything that is wrong with the input, after writing the report where there is one.
+    Raises `UserError` for everything that is wrong with the input, after writing the report where there is one, and when
+    another job is making the same cache.
     """
+    cfg.check()
+    with only_job(cfg.output):
+        _preprocess(cfg)
+
+
+def _preprocess(cfg: PreprocessConfig) -> None:
     from fvtitan.models.encoders import TextEncoder, VideoVAE
 
-    cfg.check()
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     output = Path(cfg.output)
 

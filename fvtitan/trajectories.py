@@ -26,7 +26,7 @@ from fvtitan.data.latent_cache import LatentCache
 from fvtitan.data.prepare import prepare_data
 from fvtitan.data.trajectory_cache import TrajectoryCache, TrajectoryFolder, num_complete
 from fvtitan.distributed.mesh import Mesh, data_ranks, leads_sequence
-from fvtitan.distributed.utils import close_distributed, init_distributed, log, on_rank_zero
+from fvtitan.distributed.utils import close_distributed, init_distributed, log, on_rank_zero, only_job
 from fvtitan.errors import UserError, cli
 from fvtitan.flow_matching import NUM_TIMESTEPS, euler_ladder
 from fvtitan.methods import METHODS
@@ -66,7 +66,8 @@ def prepare_trajectories(
 ) -> TrajectoryCache:
     """The complete cache of `cfg.method` for latents of `channels`, filled first when it is not complete. All ranks take part.
 
-    Raises `UserError` when it is incomplete and there is no teacher, or was made under another contract.
+    Raises `UserError` when it is incomplete and there is no teacher, was made under another contract, or is being made
+    by another job.
     """
     method, configured = cfg.method, cfg.models.get("teacher")
     total = method.num_trajectories
@@ -74,19 +75,20 @@ def prepare_trajectories(
     contract = build_contract(cfg, prompts, channels, identity)
     unknown = [] if configured else ["teacher", "teacher_dtype"]
     folder = on_rank_zero(lambda: TrajectoryFolder(method.teacher_path_cache, contract, ignore=unknown))
-    if on_rank_zero(lambda: num_complete(folder.path, total)) >= total:
-        on_rank_zero(folder.clean)
-    else:
-        missing = on_rank_zero(lambda: folder.missing(total))
-        if missing and teacher is None:
-            raise UserError(
-                f"method.teacher_path_cache = {method.teacher_path_cache!r} holds {total - len(missing)} of num_trajectories = "
-                f"{total}: add a [models.teacher] to make the rest, or lower num_trajectories"
+    if on_rank_zero(lambda: num_complete(folder.path, total)) < total:
+        with only_job(folder.path):
+            missing = on_rank_zero(lambda: folder.missing(total))
+            if missing and teacher is None:
+                raise UserError(
+                    f"method.teacher_path_cache = {method.teacher_path_cache!r} holds {total - len(missing)} of "
+                    f"num_trajectories = {total}: add a [models.teacher] to make the rest, or lower num_trajectories"
+                )
+            log(
+                f"{folder.path}: {total - len(missing)} of {total} trajectories are there and whole; {len(missing)} to make"
             )
-        log(
-            f"{folder.path}: {total - len(missing)} of {total} trajectories are there and whole; {len(missing)} to make"
-        )
-        fill(cfg, teacher, prompts, folder, missing)
+            fill(cfg, teacher, prompts, folder, missing)
+    else:
+        on_rank_zero(folder.clean)
     stored = method.stored(cfg.schedule.shift)
     rows = [stored.index(rung) for rung in method.rungs(cfg.schedule.shift)]
     return TrajectoryCache(folder, total, prompts, rows)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
 import json
 import os
+import socket
+import time
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +43,25 @@ def file_sha256(path: str | Path) -> str:
     """Of a file's bytes, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def lock_file(path: str | Path) -> tuple[int, str]:
+    """Lock a file until its descriptor, which is returned, is closed or this process ends, and write into it who holds it.
+    With it comes "", or why this file system has no locks. Raises `BlockingIOError`, whose strerror names the holder."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    unlocked = ""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = os.read(descriptor, 1000).decode(errors="replace").strip()
+        os.close(descriptor)
+        raise BlockingIOError(errno.EAGAIN, holder or "another process") from None
+    except OSError as error:
+        unlocked = error.strerror or repr(error)
+    since = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, f"pid {os.getpid()} on host {socket.gethostname()} since {since}\n".encode(), 0)
+    return descriptor, unlocked
 
 
 def open_safetensors(path: str | Path) -> Any:

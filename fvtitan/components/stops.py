@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import datetime
-import fcntl
 import json
 import os
 import select
@@ -28,7 +27,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from fvtitan.components.files import write_atomic
+from fvtitan.components.files import lock_file, write_atomic
 from fvtitan.distributed.utils import log, on_rank_zero
 from fvtitan.errors import UserError, exit_status, redacted
 
@@ -117,24 +116,15 @@ class Stops:
         lines = []
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
             try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                holder = os.read(self._lock, 1000).decode(errors="replace").strip()
-                os.close(self._lock)
+                self._lock, unlocked = lock_file(self.folder / "lock")
+            except BlockingIOError as error:
                 raise UserError(
-                    f"job.dump_folder = {str(self.folder)!r}: the run folder is in use by {holder or 'another run'}; "
-                    "stop that one, or take another folder"
+                    f"job.dump_folder = {str(self.folder)!r}: the run folder is in use by {error.strerror}; stop that one, or "
+                    "take another folder"
                 ) from None
-            except OSError as error:
-                lines.append(
-                    f"WARNING: {self.folder} cannot be locked ({error.strerror}): see that one run writes there"
-                )
-            os.ftruncate(self._lock, 0)
-            os.pwrite(
-                self._lock, f"pid {os.getpid()} on host {socket.gethostname()} since {self._started}\n".encode(), 0
-            )
+            if unlocked:
+                lines.append(f"WARNING: {self.folder} cannot be locked ({unlocked}): see that one run writes there")
             for name in _FILES:
                 if (self.folder / name).exists():
                     (self.folder / name).unlink()

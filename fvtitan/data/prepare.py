@@ -10,7 +10,7 @@ import torch.distributed as dist
 from fvtitan.components.files import write_atomic
 from fvtitan.data.latent_cache import LatentCache, check_cache_geometry
 from fvtitan.data.moving_shapes import clip_attributes, render_dataset, training_combinations
-from fvtitan.distributed.utils import on_rank_zero
+from fvtitan.distributed.utils import on_rank_zero, only_job
 from fvtitan.errors import UserError
 from fvtitan.methods import METHODS
 from fvtitan.preprocess import PreprocessConfig, preprocess
@@ -61,8 +61,9 @@ def _prepare_prompts(cfg: JobConfig) -> None:
     if _to_be_made(cfg, cfg.data.path):
         cache = Path(cfg.data.path)
         prompts = cache.with_name(f"{cache.name}_prompts.txt")
-        on_rank_zero(lambda: _write_captions(prompts, cfg.data.moving_shapes_clips, cfg.training.seed))
-        preprocess(PreprocessConfig(data="", prompts=str(prompts), model=cfg.data.pipeline, output=str(cache)))
+        with only_job(prompts):
+            on_rank_zero(lambda: _write_captions(prompts, cfg.data.moving_shapes_clips, cfg.training.seed))
+            preprocess(PreprocessConfig(data="", prompts=str(prompts), model=cfg.data.pipeline, output=str(cache)))
     LatentCache(cfg.data.path)
 
 
@@ -91,5 +92,6 @@ def _render(cfg: JobConfig, cache: Path, num_clips: int, split: str) -> None:
     size = {"num_frames": data.num_frames, "height": data.height, "width": data.width, "fps": data.fps}
     if not dist.is_initialized() or dist.get_rank() == 0:
         print(f"rendering {num_clips} clips of moving shapes ({split}) into {videos}", flush=True)
-    on_rank_zero(lambda: render_dataset(videos, num_clips, **size, seed=cfg.training.seed, split=split))
-    preprocess(PreprocessConfig(data=str(videos), model=data.pipeline, output=str(cache), **size))
+    with only_job(videos):
+        on_rank_zero(lambda: render_dataset(videos, num_clips, **size, seed=cfg.training.seed, split=split))
+        preprocess(PreprocessConfig(data=str(videos), model=data.pipeline, output=str(cache), **size))

@@ -20,6 +20,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from fvtitan.components import faults
+from fvtitan.components.files import lock_file
 from fvtitan.errors import UserError, redacted
 
 
@@ -201,6 +202,28 @@ def on_rank_zero(action: Callable[[], Any]) -> Any:
     if outcome[1]:
         raise UserError(outcome[1])
     return outcome[0]
+
+
+@contextlib.contextmanager
+def only_job(folder: str | Path) -> Iterator[None]:
+    """One job at a time makes `folder`; all its ranks enter together. Raises `UserError` when another job is at it."""
+    path = Path(folder)
+
+    def lock() -> int:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            return lock_file(path.with_name(f".{path.name}.lock"))[0]
+        except BlockingIOError as error:
+            raise UserError(
+                f"{path} is being made by {error.strerror}: when that is done, the same command uses it"
+            ) from None
+
+    descriptor = on_rank_zero(lock)
+    try:
+        yield
+    finally:
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            os.close(descriptor)
 
 
 def log(message: str) -> None:

@@ -23,6 +23,7 @@ from fvtitan.data import moving_shapes as ms
 from fvtitan.data.dataloader import BatchStream
 from fvtitan.data.latent_cache import LatentCache
 from fvtitan.data.video import write_video
+from fvtitan.distributed.utils import only_job
 from fvtitan.errors import UserError
 from tests.helpers import ROOT
 
@@ -508,6 +509,20 @@ def test_prompts_need_no_vae(tmp_path):
     (tmp_path / "prompts.txt").write_text("a prompt\n")
     pp.preprocess(dataclasses.replace(config_of(tmp_path / "prompts.txt", tmp_path / "c"), model=str(pipeline)))
     assert "vae" not in LatentCache(tmp_path / "c").manifest["contract"]["encoders"]
+
+
+def test_one_job_at_a_time_makes_a_cache(tmp_path):
+    """A second one says who is at it; when that is done, or was killed, it goes on."""
+    (tmp_path / "prompts.txt").write_text("a prompt\n")
+    cfg = config_of(tmp_path / "prompts.txt", tmp_path / "c")
+    with only_job(tmp_path / "c"):
+        with pytest.raises(
+            UserError, match=f"c is being made by pid {os.getpid()} on host .*: when that is done, the same"
+        ):
+            pp.preprocess(cfg)
+        assert not (tmp_path / "c").exists()
+    pp.preprocess(cfg)
+    assert len(LatentCache(tmp_path / "c", prompts_only=True)) == 1
 
 
 def test_files_that_are_no_prompts(tmp_path):

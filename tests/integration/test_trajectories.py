@@ -25,7 +25,7 @@ from fvtitan.config import load_config
 from fvtitan.data.latent_cache import LatentCache
 from fvtitan.data.trajectory_cache import TrajectoryCache, TrajectoryFolder
 from fvtitan.distributed.mesh import Mesh
-from fvtitan.distributed.utils import local_tensor
+from fvtitan.distributed.utils import local_tensor, only_job
 from fvtitan.errors import UserError, cli
 from fvtitan.methods.kd import KDMethod
 from fvtitan.models import build_roles
@@ -146,6 +146,17 @@ def test_a_cache_holds_what_it_should(whole, prompts):
     contract = json.loads((whole / "contract.json").read_text())
     assert contract["timesteps"] == [1000.0, 750.0] and contract["shift"] == 3.0 and contract["teacher"]
     assert contract["prompts"] == LatentCache(prompts).fingerprint
+
+
+def test_one_job_at_a_time_makes_a_cache(runs, tmp_path):
+    arguments = runs(tmp_path)
+    cache = Path(load_config(arguments).method.teacher_path_cache)
+    with (
+        only_job(cache),
+        pytest.raises(UserError, match="is being made by pid .*: when that is done, the same command"),
+    ):
+        make(arguments)
+    assert not list(cache.glob("*.safetensors"))
 
 
 def test_the_size_of_a_sample(tmp_path):
