@@ -393,7 +393,8 @@ def check(chain: Chain, found: Sequence[Result]) -> tuple[list[str], bool]:
 def picture(chain: Chain) -> None:
     """Held-out captions x models, of the first seed: `contact_sheet.png` and `.gif`."""
     captions = [attributes.caption for attributes in held_out_combinations()]
-    prompts = [captions[i * (len(captions) - 1) // (SHEET_PROMPTS - 1)] for i in range(SHEET_PROMPTS)]
+    count = min(SHEET_PROMPTS, chain.num_videos[0])
+    prompts = [captions[i * (len(captions) - 1) // max(1, count - 1)] for i in range(count)]
     vae, encoder = VideoVAE(TINY_WAN), TextEncoder(TINY_WAN)
     embeds, uncond = [row.bfloat16() for row in encoder.encode(prompts)], encoder.encode([""])[0].bfloat16()
     teacher = load_model(TINY_WAN)

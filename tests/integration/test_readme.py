@@ -20,7 +20,9 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 import pytest
 import tomli
+import tomli_w
 
+from fvtitan.chain import STUDENTS
 from fvtitan.config import JobConfig, load_config
 from fvtitan.methods import METHODS
 from fvtitan.methods.base import MethodConfig
@@ -47,8 +49,33 @@ SMALL = {
     r"fvtitan\.score": "--num-videos 2 --steps 2",
     r"generate --model tiny-wan": "--steps 2",
     r"moving_shapes render": "--num-clips 4",
+    r"fvtitan\.chain": "--recipes small --num-videos 1 1",
     r"fvtitan\.plan": "--no-switches --data.num_frames 5 --data.height 64 --data.width 64",
 }
+
+
+def write_small_recipes(folder: Path) -> None:
+    """The recipes of the chain, 2 steps on 9 frames each, without what their headers expect."""
+    for name in STUDENTS:
+        table = tomli.loads((ROOT / f"train_configs/{name}.toml").read_text(encoding="utf-8"))
+        table["training"] |= {"steps": 2, "local_batch_size": 2, "global_batch_size": 2}
+        table["data"] |= {
+            "moving_shapes_clips": 4,
+            "num_frames": 9,
+            "path": f"data/small/{Path(table['data']['path']).name}",
+        }
+        table["checkpoint"] |= {"interval": 2}
+        table["validation"] |= {"sampling_steps": 2}
+        table["validation"].pop("heldout_path", None)
+        table["lr_scheduler"].pop("warmup_steps", None)
+        if "teacher_path_cache" in table["method"]:
+            table["method"] |= {
+                "num_trajectories": 2,
+                "teacher_inference_steps": 4,
+                "teacher_path_cache": "data/small/paths",
+            }
+        folder.mkdir(exist_ok=True)
+        (folder / f"{name}.toml").write_text(tomli_w.dumps(table), encoding="utf-8")
 
 
 def commands_of(text: str) -> list[str]:
@@ -74,6 +101,7 @@ def kind_of(command: str) -> str:
     return "run"
 
 
+CHAIN_LEAVES = ("results.md", "results.json", "contact_sheet.png", "contact_sheet.gif")
 COMMANDS = commands_of(README)
 RUN = [command for command in COMMANDS if kind_of(command) == "run"]
 TRAIN = [command for command in COMMANDS if re.search(r"run_train\.sh|train\.py", command) and "--help" not in command]
@@ -310,7 +338,9 @@ def assert_promises_kept(tree: Path) -> None:
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory):
-    return copied_tree(tmp_path_factory.mktemp("readme"))
+    folder = copied_tree(tmp_path_factory.mktemp("readme"))
+    write_small_recipes(folder / "small")
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -321,7 +351,7 @@ def trained() -> dict[str, int]:
 
 def rename_last_steps(text: str, tree: Path) -> None:
     """Give the checkpoints that a text names (the last of a whole run) to what a small run has left."""
-    for folder, name in re.findall(r"(outputs/\w+/checkpoint)/(step-\d+)", text):
+    for folder, name in re.findall(r"(outputs/[\w/-]+/checkpoint)/(step-\d+)", text):
         if not (tree / folder / name).exists():
             last = max((tree / folder).glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
             (tree / folder / name).symlink_to(last.name)
@@ -336,6 +366,9 @@ def test_small(command, tree, trained, monkeypatch):
     if command not in TRAIN:
         rename_last_steps(command, tree)
         run(f"{command} {smaller}", tree, timeout=900)
+        if "fvtitan.chain" in command:
+            assert all((tree / f"outputs/chain/{name}").stat().st_size for name in CHAIN_LEAVES)
+            assert "| `tiny_self_forcing` | 33 | 14 |" in (tree / "outputs/chain/results.md").read_text()
         return
     cfg = Training.parse(command).config(monkeypatch, *smaller.split())
     rename_last_steps(" ".join(model.init_from for model in cfg.models.values()), tree)
