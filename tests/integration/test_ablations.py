@@ -41,11 +41,9 @@ def cache(tmp_path_factory):
 # ------------------------------------------------------------------------------------------------- what is broken
 
 
-@pytest.mark.parametrize("broken", [False, True])
-def test_no_critic(cache, tmp_path, monkeypatch, broken):
+def test_no_critic(cache, tmp_path, monkeypatch):
     """The critic's phases run, and it alone does not move, also where its weights decay."""
-    if broken:
-        ablations.no_critic(monkeypatch.setattr)
+    ablations.no_critic(monkeypatch.setattr)
     method = dmd2_oracles.walking_method(cache, tmp_path, optimizer__weight_decay=0.1)
     before = {role: [p.detach().clone() for p in module.parameters()] for role, module in method.role_modules.items()}
     phases = []
@@ -56,14 +54,13 @@ def test_no_critic(cache, tmp_path, monkeypatch, broken):
         now = method.role_modules[role].parameters()
         return not all(torch.equal(*pair) for pair in zip(before[role], now, strict=True))
 
-    assert moved("student") and moved("critic") is not broken
+    assert moved("student") and not moved("critic")
+    assert all(float(state["exp_avg"].norm()) > 0 for state in method.optimizers["critic"].state.values())
 
 
-@pytest.mark.parametrize("broken", [False, True])
-def test_wrong_shift(cache, tmp_path, monkeypatch, broken):
+def test_wrong_shift(cache, tmp_path, monkeypatch):
     """The same states under other labels; the sampler is as before."""
-    if broken:
-        ablations.wrong_shift(monkeypatch.setattr)
+    ablations.wrong_shift(monkeypatch.setattr)
     recipe = kd_recipe(tmp_path, teacher_inference_steps=48, student_sample_steps=4)
     keys = {"data__caption_dropout": 0.0, "schedule__shift": 5.0, "job__config_file": recipe}
     cfg = small_config(cache, tmp_path, **keys)
@@ -76,16 +73,14 @@ def test_wrong_shift(cache, tmp_path, monkeypatch, broken):
     rung = call["noisy"][:, :, 0, 0, 0].long()
     assert rung.unique().tolist() == [0, 1, 2, 3]
     own = few_step_ladder((1000, 750, 500, 250), 5.0)
-    labels = torch.tensor([1.0, 0.75, 0.5, 0.25] if broken else own[:-1])
+    labels = torch.tensor([1.0, 0.75, 0.5, 0.25])
     torch.testing.assert_close(call["sigma"], labels[rung])
     assert method.sampler(cfg).sigmas == pytest.approx(own)
 
 
-@pytest.mark.parametrize("broken", [False, True])
-def test_no_context_pass(cache, tmp_path, monkeypatch, broken):
+def test_no_context_pass(cache, tmp_path, monkeypatch):
     """What enters the cache is the noisy state that left the ladder, at its own sigma, not the clean block at 0."""
-    if broken:
-        ablations.no_context_pass(monkeypatch.setattr)
+    ablations.no_context_pass(monkeypatch.setattr)
     method = self_forcing_oracles.wan_method(cache, tmp_path)
     committed, commit = [], method.student.commit
 
@@ -99,8 +94,8 @@ def test_no_context_pass(cache, tmp_path, monkeypatch, broken):
     assert [start for _, start, _ in committed] == [0, 3]
     for (block, start, sigma), exit_ in zip(committed, rollout.exits, strict=False):
         clean = rollout.video[:, start : start + 3]
-        assert torch.equal(block, exit_.noisy if broken else clean) and not torch.equal(exit_.noisy, clean)
-        assert sigma == (pytest.approx(method.sigmas[2]) if broken else 0)
+        assert torch.equal(block, exit_.noisy) and not torch.equal(exit_.noisy, clean)
+        assert sigma == pytest.approx(method.sigmas[2])
 
 
 # -------------------------------------------------------------------------------------------------- visibly worse
@@ -171,8 +166,6 @@ def test_the_program(cache, tmp_path):
             assert log.count("finished 2 steps") == 1 and log.count("this job is finished") == attempt - 1
             assert finished_student(output / name).cfg.training.seed == 3
             assert f"\n{name}: " in (output / "results.md").read_text()
-    unlike = subprocess.run([*command, "--only", "no_critic", "--steps", "3"], cwd=ROOT, capture_output=True, text=True)
-    assert unlike.returncode in (0, 1), unlike.stderr[-3000:]  # goes on from step 2
     with pytest.raises(UserError, match="step-2: the run has 5 steps: let it finish first"):
         config = chain / "tiny_kd/checkpoint/step-2/config.toml"
         config.write_text(config.read_text().replace("steps = 2\n", "steps = 5\n", 1))
