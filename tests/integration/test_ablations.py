@@ -168,5 +168,5 @@ def test_the_program(cache, tmp_path):
             assert f"\n{name}: " in (output / "results.md").read_text()
     with pytest.raises(UserError, match="step-2: the run has 5 steps: let it finish first"):
         config = chain / "tiny_kd/checkpoint/step-2/config.toml"
-        config.write_text(config.read_text().replace("steps = 2\n", "steps = 5\n", 1))
+        config.write_text(config.read_text().replace("\nsteps = 2\n", "\nsteps = 5\n"))
         finished_student(chain / "tiny_kd")
