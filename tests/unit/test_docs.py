@@ -10,7 +10,7 @@ import pytest
 from fvtitan.data.video import VideoLimits
 from tests.helpers import ROOT
 
-DOCUMENTS = sorted((ROOT / "docs").glob("*.md"))
+DOCUMENTS = [ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 NAMED_TEST = re.compile(r"`((?:tests/)?(?:unit|integration|faults|parity)/\w+\.py)(?:::(\w+))?`")
 
 
