@@ -1,6 +1,7 @@
 """The configuration of a run: one dataclass per TOML section; TOML file < command line; nothing unknown, nothing ignored.
 
-`python -m fvtitan.config FILE [--section.key value ...]` prints the result.
+`python -m fvtitan.config FILE [--section.key value ...]` prints the result, `python -m fvtitan.config --reference` every
+key with its meaning (docs/config.md).
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from fvtitan.methods import METHODS
 from fvtitan.methods.base import MethodConfig
 from fvtitan.models.blocks import CausalConfig
 from fvtitan.models.wan.adapter import flavor_config
+from fvtitan.reference import reference
 
 
 def _require(condition: bool, message: str) -> None:
@@ -451,7 +453,7 @@ class MetricsSection:
     log_freq: int = 10
     """Log every so many steps, and the first and the last."""
     enable_tensorboard: bool = True
-    """Write TensorBoard events into <dump_folder>/tensorboard."""
+    """Write TensorBoard events into `<dump_folder>/tensorboard`."""
     enable_wandb: bool = False
     """Log to Weights & Biases too (pip install wandb; the key comes from the environment)."""
     peak_tflops: float = 0.0
@@ -798,6 +800,11 @@ def load_config(argv: list[str], *, training: bool = True, world_size: int | Non
 
 def main() -> None:
     argv = sys.argv[1:]
+    if argv == ["--reference"]:
+        print(reference(JobConfig), end="")
+        return
+    if {"-h", "--help"} & set(argv):
+        print(__doc__)
     if argv and not argv[0].startswith("-"):
         argv = ["--job.config_file", *argv]
     print(load_config(argv).to_toml(), end="")

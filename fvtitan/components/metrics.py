@@ -290,6 +290,8 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
             if number == len(lines):  # no newline after it: its writer was killed
                 break
             raise UserError(f"{path}: line {number} is not valid JSON") from None
+        if not isinstance(record, dict) or type(record.get("step")) is not int:
+            raise UserError(f"{path}: line {number} is not a record: an object with a number `step`")
         records.append({k: float(v) if v in ("nan", "inf", "-inf") else v for k, v in record.items()})
     return records
 

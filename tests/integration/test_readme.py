@@ -29,7 +29,10 @@ from fvtitan.methods.base import MethodConfig
 from tests.helpers import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-PAGES = {str(path.relative_to(ROOT)): path.read_text() for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))}
+PAGES = {
+    str(path.relative_to(ROOT)): path.read_text(encoding="utf-8")
+    for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md"))
+}
 PROGRAMS = r"(?:[A-Z_]+=\S+ )*(?:python|torchrun|pip|pytest|tensorboard|sbatch|\./run_train\.sh)\b"
 
 # What is in the README and not run here, and why. Nothing else may be left out; a line that is no longer there must go.

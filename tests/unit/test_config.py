@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 import tomli
 
-from fvtitan.config import JobConfig, RoleConfig, load_config, read_toml
+from fvtitan.config import JobConfig, RoleConfig, load_config, main, read_toml
 from fvtitan.errors import UserError
+from fvtitan.methods import METHODS
+from fvtitan.reference import reference
 
 RECIPES = sorted(Path(__file__).parents[2].glob("train_configs/*.toml"))
 MINIMAL = '[models.student]\nflavor = "tiny"\n'
@@ -215,3 +217,43 @@ def test_options_are_few_and_each_is_read_somewhere():
     for name in names:
         key = name.rsplit(".", 1)[-1]
         assert re.search(rf"\.{key}\b", code), f"nothing reads {name}"
+
+
+def rows_of(page):
+    """{section or method: {key: (allowed, default, meaning)}} of the reference's tables."""
+    rows = {}
+    for part in re.split(r"^###? ", page, flags=re.MULTILINE)[1:]:
+        heading = re.match(r"`\[?([^`\]]+)\]?`\n", part)[1]
+        rows[heading] = {
+            key: rest for key, *rest in re.findall(r"^\| `(\w+)` \| (.+) \| (.+?) \| (.+) \|$", part, re.MULTILINE)
+        }
+    return rows
+
+
+def test_the_reference_is_what_the_program_prints(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["config", "--reference"])
+    main()
+    page = Path(__file__).parents[2] / "docs/config.md"
+    command = "python -m fvtitan.config --reference > docs/config.md"
+    assert page.read_text() == capsys.readouterr().out, f"the dataclasses have changed: run `{command}`"
+
+
+def test_the_reference_has_every_key_and_its_meaning():
+    rows = rows_of(reference(JobConfig))
+    named = {f"{section}.{key}" for section, keys in rows.items() for key in keys}
+    below = {*fields_of(JobConfig), *fields_of(RoleConfig, "models.<role>.")}
+    inherited = {"kd_causal": "kd", "self_forcing": "dmd2"}
+    own = {
+        f"{name}.{field.name}"
+        for name, method in METHODS.items()
+        for field in dataclasses.fields(method.Config)
+        if field.name != "name" and field.name not in rows.get(inherited.get(name), ())
+    }
+    assert named == below | own
+    assert [name for name in named if not rows[name.rpartition(".")[0]][name.rpartition(".")[2]][2].strip()] == []
+    assert rows["method"]["name"][:2] == [
+        ", ".join(f'`"{name}"`' for name in METHODS),
+        f'`"{JobConfig().method.name}"`',
+    ]
+    assert rows["optimizer"]["betas"][:2] == ["[float, float]", "`[0.9, 0.999]`"]
+    assert rows["dfsft"]["teacher_forcing"][2].endswith(r"the sequence is [clean \| noisy].")
