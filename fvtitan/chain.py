@@ -60,7 +60,7 @@ UNTRAINED = ("tiny_dfsft", "tiny_kd_causal")  # judged as they began too; the ot
 GOES_ON_WITH = {"tiny_kd_causal": "tiny_dfsft", "tiny_self_forcing": "tiny_kd_causal"}
 RUNGS = {4: "1000,750,500,250", 2: "1000,500"}
 EULER_STEPS = (50, 4, 2)
-SHEET_PROMPTS = 6
+SHEET_PROMPTS = 4
 SCORES = ("colour", "shape", "direction", "area_drift", "speed_drift")
 
 
@@ -400,7 +400,7 @@ def picture(chain: Chain) -> None:
     teacher = load_model(TINY_WAN)
     shift, few = teacher.contract.shift, few_step_ladder(parse_rungs(RUNGS[4]), teacher.contract.shift)
     columns = [(f"teacher, {n} steps", teacher.model, SamplerSpec(tuple(euler_ladder(n, shift)), 3.0)) for n in (50, 4)]
-    columns.append(("before kd, dmd2: 4", teacher.model, SamplerSpec(few, solver="sde")))
+    columns.append(("untrained, 4", teacher.model, SamplerSpec(few, solver="sde")))
     for name in STUDENTS:
         student = load_model(str(chain.checkpoint(chain.seeds[0], name)))
         columns.append(
