@@ -5,7 +5,7 @@
 Runs the recipe's own training step as one rank of the job, on tensors that have shapes but no data and a process group without
 peers. Networks deeper than 4 blocks are run with 3 and with 4, and continued: every block adds the same. So what is counted is
 what the code does, under its checkpointing, sharding and sequence parallelism; torch.compile, which saves some more, is left
-out.
+out. A teacher that only makes trajectories is counted all the time, though it leaves before the first step.
 
 Exit status: 0 it fits, 1 it does not, 2 the recipe is wrong.
 """

@@ -776,6 +776,7 @@ def recipes(cache, heldout, tmp_path_factory):
                     tiny |= {f"models.{role}.flavor": "tiny"} if model.flavor else {}
                 elif "/" in model.init_from:
                     tiny |= {f"models.{role}.init_from": "tiny-wan", f"models.{role}.flavor": "tiny"}
+            size = min(recipe.training.local_batch_size, 2)
             small = {
                 "job__config_file": ROOT / "train_configs" / name,
                 "job__dump_folder": folder / name,
@@ -786,8 +787,8 @@ def recipes(cache, heldout, tmp_path_factory):
                 "data__num_workers": 0,
                 **tiny,
                 "training__steps": 2,
-                "training__local_batch_size": 2,
-                "training__global_batch_size": 4,
+                "training__local_batch_size": size,
+                "training__global_batch_size": 2 * size,
                 "compile__enable": False,  # minutes on a CPU, and the same arithmetic
                 "ema__start_step": 0,
                 "lr_scheduler__warmup_steps": 0,
@@ -799,6 +800,8 @@ def recipes(cache, heldout, tmp_path_factory):
                 "validation__heldout_clips": 2,
                 **{f"data__{key}": value for key, value in GEOMETRY.items()},
             }
+            if recipe.models["student"].name == "wan_causal" and not METHODS[recipe.method.name].needs_latents(recipe):
+                small["data__num_frames"] = 21  # two blocks; the cached videos are one
             if hasattr(recipe.method, "teacher_path_cache"):
                 small |= {
                     "method__teacher_path_cache": folder / f"{name}-trajectories",
