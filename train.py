@@ -79,7 +79,8 @@ def main() -> int:
         method.on_train_start()
         if method.description():
             log(method.description())
-        log(f"attention: {method.student.attention_kernel(cfg)}, the first that can of {kernels}")
+        if kernel := method.student.attention_kernel(cfg):
+            log(f"attention: {kernel}, the first that can of {kernels}")
 
         # ------------------------------------------------------------------------ loader, EMA, what is saved
         batches = BatchStream(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -221,7 +221,7 @@ def _check_shift(theirs: float, model: RoleConfig, cfg: JobConfig, key: str) -> 
         )
 
 
-def load_checkpoint(transformer: WanTransformer, model: RoleConfig, cfg: JobConfig, key: str) -> None:
+def load_checkpoint(transformer: nn.Module, model: RoleConfig, cfg: JobConfig, key: str) -> None:
     """Read a role of another run's checkpoint into the (sharded) parameters, as `model` says; an adapter is merged into its
     base.
 
@@ -268,14 +268,13 @@ def role_sizes(model: RoleConfig, role: str) -> WanConfig:
 
 
 @torch.no_grad()
-def initialise(transformer: WanTransformer, seed: int, role: str) -> None:
+def initialise(transformer: nn.Module, seed: int, role: str, init: Callable[..., Tensor] = init_parameter) -> None:
     """Draw every parameter as a full tensor from its own stream and keep the local rows: the same model on any number
-    of ranks (draws on shards would give every rank the same values, and another model than one rank's)."""
+    of ranks (draws on shards would give every rank the same values, and another model than one rank's). `init`: a family's
+    `init_parameter`."""
     reshard(transformer)
     for name, parameter in transformer.named_parameters():
-        full = init_parameter(
-            name, parameter.shape, transformer.cfg, lambda stream: generator("cpu", seed, "init", role, stream)
-        )
+        full = init(name, parameter.shape, transformer.cfg, lambda stream: generator("cpu", seed, "init", role, stream))
         local_tensor(parameter).copy_(full[local_rows(parameter)])
 
 
