@@ -18,7 +18,7 @@ from fvtitan.components.files import file_sha256, write_atomic
 from fvtitan.components.lora import LoRAConfig, base_parameters, merge_adapter
 from fvtitan.components.rng import generator
 from fvtitan.distributed.utils import local_rows, local_tensor, reshard
-from fvtitan.errors import UserError, shortened
+from fvtitan.errors import UserError, listed, shortened
 from fvtitan.models.wan.adapter import config_to_diffusers, diffusers_names, flavor_config, to_diffusers_tensor
 from fvtitan.models.wan.files import WEIGHTS_NAME, WeightFiles, holds_average, open_weights
 from fvtitan.models.wan.transformer import WanConfig, WanTransformer, init_parameter
@@ -145,6 +145,10 @@ def checkpoint_sizes(folder: str | Path, role: str) -> WanConfig:
         saved = json.loads(path.read_text(encoding="utf-8"))
         if role not in saved:
             raise UserError(f"{folder}: the checkpoint holds no role {role!r}; it holds {', '.join(saved)}")
+        if "patch_size" not in saved[role]:
+            raise UserError(
+                f"{path}: {role!r} has the sizes {shortened(listed(saved[role]))}: not a Wan network, and only those are read"
+            )
         return WanConfig(**saved[role] | {"patch_size": tuple(saved[role]["patch_size"])})
     except FileNotFoundError:
         raise UserError(f"{folder}: there is no checkpoint here (no roles.json)") from None
