@@ -237,10 +237,10 @@ def main() -> int:
             saved = "the same command goes on from here" if checkpointer is not None else "nothing is saved"
             log(f"stopped after step {step} of {cfg.training.steps} ({stops.reason}); {saved}")
             return stops.exit_code
-        log(f"finished {cfg.training.steps} steps. Look at:")
+        log(f"finished {step} steps. Look at:")
         log(f"  {dump_folder / 'metrics.jsonl'}  and  tensorboard --logdir {dump_folder / 'tensorboard'}")
         if validator is not None:
-            log(f"  {validator.folder / f'step-{cfg.training.steps}'}: videos and contact_sheet.png")
+            log(f"  {validator.folder / f'step-{step}'}: videos and contact_sheet.png")
         return 0
 
 

@@ -21,13 +21,18 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from fvtitan.components.metrics import read_metrics
+from fvtitan.errors import UserError
 from fvtitan.methods import METHODS
 from fvtitan.methods.passes import Pass
 from fvtitan.models.base import Conditioning
+from fvtitan.models.wan import weights
 from tests.dmd2_oracles import Role
 from tests.helpers import ROOT, make_cache, read_checkpoint, small_arguments, small_config
 
 PAGE = (ROOT / "docs/extending.md").read_text(encoding="utf-8")
+STEADY = {"lr_scheduler__warmup_steps": 0, "lr_scheduler__decay_type": "constant"}
+RESNET = {"models.student.name": "resnet", **STEADY, "training__steps": 2}
+MIXED = {"models.student.name": "resnet", "models.student.flavor": "tiny", "models.student.init_from": ""}
 DRIVER = """
 import json, runpy, sys, traceback
 runs, statuses = json.loads(sys.argv[1]), {}
@@ -103,19 +108,18 @@ def tree(tmp_path_factory):
 @pytest.fixture(scope="module")
 def done(tree, cache):
     """`{run: (status, output, errors)}` of all runs, one after another in one process."""
-    steady = {"lr_scheduler__warmup_steps": 0, "lr_scheduler__decay_type": "constant", "ema__start_step": 0}
-    recipe = {"job__config_file": "train_configs/tiny_consistency.toml", **steady, "optimizer__lr": 1e-4}
+    recipe = {"job__config_file": "train_configs/tiny_consistency.toml", **STEADY, "optimizer__lr": 1e-4}
     recipe |= {"method.teacher_inference_steps": 8, "validation__sampling_steps": 2, "validation__num_prompts": 1}
-    resnet = {"models.student.name": "resnet", **steady, "training__steps": 2}
     jobs = [
         ("stopped", {**recipe, "training__steps": 2}, "consistency"),
         ("resumed", {**recipe, "training__steps": 3, "validation__enable": True}, "consistency"),
         ("whole", {**recipe, "training__steps": 3, "checkpoint__enable": False}, "whole"),
+        ("mixed", {**recipe, **MIXED, "training__steps": 1, "validation__enable": True}, "mixed"),
         ("wrong", {**recipe, "method.student_sample_steps": 3}, "wrong"),
-        ("resnet", {**resnet, "activation_checkpoint__mode": "full"}, "resnet"),
-        ("plain", {**resnet, "training__steps": 1, "checkpoint__enable": False}, "plain"),
-        ("edited", {**resnet, "training__steps": 9}, "edited"),
-        ("sequence", {**resnet, "models.student.lora.rank": 4, "models.student.init_from": "x"}, "sequence"),
+        ("resnet", {**RESNET, "activation_checkpoint__mode": "full"}, "resnet"),
+        ("plain", {**RESNET, "training__steps": 1, "checkpoint__enable": False}, "plain"),
+        ("edited", {**RESNET, "training__steps": 9}, "edited"),
+        ("sequence", {**RESNET, "models.student.lora.rank": 4, "models.student.init_from": "x"}, "sequence"),
     ]
     runs = [
         (name, "train_edited.py" if name == "edited" else "train.py", small_arguments(cache, tree / folder, **keys))
@@ -225,6 +229,37 @@ def test_the_family_trains(done, tree):
     assert saved["roles.student.transformer.head.weight"].abs().max() > 0  # began at zero
 
 
+def test_the_family_beside_wan(done, tree):
+    """A student under a Wan teacher, by the method of the page; both are sampled."""
+    assert done["mixed"][0] == 0, done["mixed"]
+    assert "student: resnet, " in done["mixed"][1] and "teacher: wan, " in done["mixed"][1]
+    assert {path.parent.name for path in (tree / "mixed/validation/step-1").rglob("*.mp4")} >= {"student", "teacher"}
+
+
+def test_what_reads_wan_alone_says_so(done, tree):
+    with pytest.raises(UserError, match="num_layers, dim, .*: not a Wan network"):
+        weights.checkpoint_sizes(
+            tree / "resnet/checkpoint/step-2", "student"
+        )  # generate, score, export, a Wan's init_from
+
+
+@pytest.mark.slow
+def test_the_family_is_the_same_on_two_ranks(done, tree, cache):
+    """Sharded: the losses of one process with the same global batch, and the weights."""
+    keys = {**RESNET, "training__local_batch_size": 1, "training__global_batch_size": 2}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py"]
+    environment = {**os.environ, "PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1"}
+    arguments = small_arguments(cache, tree / "ranks", **keys)
+    end = subprocess.run([*command, *arguments], cwd=tree, env=environment, capture_output=True, text=True, timeout=900)
+    assert end.returncode == 0, end.stderr[-3000:]
+    for row, expected in zip(values_of(tree / "ranks"), values_of(tree / "resnet"), strict=True):
+        assert row == pytest.approx(expected, rel=1e-5)
+    one = read_checkpoint(tree / "resnet/checkpoint/step-2")
+    for name, tensor in read_checkpoint(tree / "ranks/checkpoint/step-2").items():
+        if name.startswith("roles."):
+            assert (tensor - one[name]).norm() <= 1e-4 * one[name].norm() + 1e-6, name
+
+
 def test_what_the_family_cannot_do_is_refused(done):
     status, _, error = done["sequence"]
     assert status == 2 and "models.student.lora.rank: not with models.student.name = 'resnet'" in error
@@ -251,7 +286,7 @@ def test_the_edits_of_train_py(done, tree):
     assert row["grad_norm/student"] == pytest.approx(plain["grad_norm/student"] / 100, rel=1e-5)
     assert row["loss/student"] == plain["loss/student"]
     assert row["clipped/student"] == float(row["grad_norm/student"] > 1) and "clipped/student" not in plain
-    assert (tree / "edited/checkpoint/step-1").is_dir()
+    assert (tree / "edited/checkpoint/step-1").is_dir() and "finished 1 steps" in done["edited"][1]
 
 
 def test_an_edit_whose_lines_are_gone_is_noticed():
