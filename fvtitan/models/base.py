@@ -82,9 +82,13 @@ class ModelBase(ABC):
     @classmethod
     def check(cls, cfg: JobConfig, role: str) -> None:
         """Raise `UserError` for what of a run's configuration this family cannot do, before any work."""
-        if cfg.parallelism.context_parallel_degree > 1 or cfg.models[role].lora.rank:
-            key = f"models.{role}.lora.rank" if cfg.models[role].lora.rank else "parallelism.context_parallel_degree"
-            raise UserError(f"{key}: not with models.{role}.name = {cfg.models[role].name!r}; remove it")
+        degree, rank, name = cfg.parallelism.context_parallel_degree, cfg.models[role].lora.rank, cfg.models[role].name
+        if rank:
+            raise UserError(f"models.{role}.lora.rank = {rank}: not with models.{role}.name = {name!r}; remove it")
+        if degree > 1:
+            raise UserError(
+                f"parallelism.context_parallel_degree = {degree}: not with models.{role}.name = {name!r}; use 1"
+            )
 
     @classmethod
     def build(

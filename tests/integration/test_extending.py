@@ -262,7 +262,7 @@ def test_the_family_is_the_same_on_two_ranks(done, tree, cache):
 
 def test_what_the_family_cannot_do_is_refused(done):
     status, _, error = done["sequence"]
-    assert status == 2 and "models.student.lora.rank: not with models.student.name = 'resnet'" in error
+    assert status == 2 and "models.student.lora.rank = 4: not with models.student.name = 'resnet'" in error
 
 
 def test_flops_of_the_family_are_those_that_torch_counts(tmp_path):
