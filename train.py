@@ -79,7 +79,8 @@ def main() -> int:
         method.on_train_start()
         if method.description():
             log(method.description())
-        log(f"attention: {method.student.attention_kernel(cfg)}, the first that can of {kernels}")
+        if kernel := method.student.attention_kernel(cfg):
+            log(f"attention: {kernel}, the first that can of {kernels}")
 
         # ------------------------------------------------------------------------ loader, EMA, what is saved
         batches = BatchStream(
@@ -236,10 +237,10 @@ def main() -> int:
             saved = "the same command goes on from here" if checkpointer is not None else "nothing is saved"
             log(f"stopped after step {step} of {cfg.training.steps} ({stops.reason}); {saved}")
             return stops.exit_code
-        log(f"finished {cfg.training.steps} steps. Look at:")
+        log(f"finished {step} steps. Look at:")
         log(f"  {dump_folder / 'metrics.jsonl'}  and  tensorboard --logdir {dump_folder / 'tensorboard'}")
         if validator is not None:
-            log(f"  {validator.folder / f'step-{cfg.training.steps}'}: videos and contact_sheet.png")
+            log(f"  {validator.folder / f'step-{step}'}: videos and contact_sheet.png")
         return 0
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from fvtitan.flops import PEAK_TFLOPS, Flops, forward_flops, roofline_seconds
+from fvtitan.flops import PEAK_TFLOPS, Flops, roofline_seconds
 from fvtitan.methods.passes import Pass
 from fvtitan.models.blocks import CausalConfig
+from fvtitan.models.wan.flops import forward_flops
 from fvtitan.models.wan.transformer import WanConfig
 
 GPU_PEAK_FLOPS = 1e12 * PEAK_TFLOPS["H100"]  # what MFU is measured against

@@ -26,14 +26,14 @@ from fvtitan.components.ema import EMAConfig
 from fvtitan.components.lora import LoRAConfig
 from fvtitan.components.lr_scheduler import LRSchedulerConfig
 from fvtitan.components.optimizer import OptimizerConfig
-from fvtitan.distributed.sequence_parallel import check_heads, divisors
+from fvtitan.distributed.sequence_parallel import divisors
 from fvtitan.distributed.utils import CommConfig, world_size_from_environment
 from fvtitan.errors import UserError, cli, did_you_mean, redacted, shortened
 from fvtitan.flow_matching import ScheduleConfig
 from fvtitan.methods import METHODS
 from fvtitan.methods.base import MethodConfig
+from fvtitan.models import MODELS, families, is_causal
 from fvtitan.models.blocks import CausalConfig
-from fvtitan.models.wan.adapter import flavor_config
 from fvtitan.reference import reference
 
 
@@ -103,7 +103,7 @@ class ParallelismOverrides:
 class RoleConfig:
     """[models.<role>]: one network of the run. Roles: student, and what the method asks for (teacher, critic)."""
 
-    name: Literal["wan", "wan_causal"] = "wan"
+    name: Literal[tuple(MODELS)] = "wan"
     """wan: every frame sees all frames. wan_causal: the same network and weights, seeing time in blocks."""
     flavor: str = ""
     """Sizes by name: tiny, 1.3B, 14B. Empty: the sizes of `init_from`."""
@@ -170,12 +170,12 @@ class RoleConfig:
             f"models.{role}.cpu_offload = true: only the weights of frozen roles can lie on the CPU; remove it",
         )
         causal_keys = ("frames_per_block", "independent_first_frame", "local_attn_frames", "sink_frames")
-        if self.name == "wan":
+        if not self.is_causal:
             for key in (*causal_keys, "attention_backend"):
                 _require(
                     getattr(self, key) == getattr(RoleConfig, key),
-                    f'models.{role}.{key} = {getattr(self, key)!r} has no effect with name = "wan": remove it, or use '
-                    'name = "wan_causal"',
+                    f'models.{role}.{key} = {getattr(self, key)!r} has no effect with name = "{self.name}": remove it, or '
+                    'use name = "wan_causal"',
                 )
             return
         _require(
@@ -191,6 +191,11 @@ class RoleConfig:
             self.sink_frames == 0 or (self.sink_frames > 0 and self.local_attn_frames > 0),
             f"models.{role}.sink_frames = {self.sink_frames}: must be >= 0, and needs local_attn_frames",
         )
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether this role sees time in blocks."""
+        return is_causal(self.name)
 
     def _check_sharing(self, role: str) -> None:
         where = f"models.{role}.share_base_with = {self.share_base_with!r}"
@@ -554,12 +559,12 @@ class JobConfig:
         for role in method.roles:
             _require(role in self.models, f"method {self.method.name!r} needs the role {role!r}: add [models.{role}]")
         _require(
-            self.models["student"].name == method.student_model,
+            self.models["student"].is_causal == method.causal_student,
             f"models.student.name = {self.models['student'].name!r}: method {self.method.name!r} trains a "
-            f"{method.student_model!r} student",
+            f"{families(causal=method.causal_student)} student",
         )
         for role, model in self.models.items():
-            if model.name == "wan_causal":
+            if model.is_causal:
                 self._check_blocks(role, model)
         self.method.check(self)
 
@@ -600,8 +605,7 @@ class JobConfig:
                 f"parallelism: data_parallel_replicate_degree {replicate} x data_parallel_shard_degree {shard} x "
                 f"context_parallel_degree {sequence} is {replicate * shard * sequence}, but there are {world_size} processes",
             )
-            if model.flavor:
-                check_heads(role, flavor_config(model.flavor, f"models.{role}.flavor").num_heads, sequence)
+            MODELS[model.name].check(self, role)
         local, total = self.training.local_batch_size, self.global_batch_size(world_size)
         _require(
             not training or total % (local * ranks) == 0,

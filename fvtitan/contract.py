@@ -128,7 +128,7 @@ def contract_of(cfg: JobConfig, text_len: int) -> SamplerContract:
         height=data.height,
         width=data.width,
         fps=data.fps,
-        causal=student.causal() if student.name == "wan_causal" else None,
+        causal=student.causal() if student.is_causal else None,
     )
     contract.check()
     return contract

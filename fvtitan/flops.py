@@ -1,5 +1,5 @@
-"""FLOPs of Wan transformers in closed form, 2 a multiply-add: matrix products and attention, as torch's FlopCounterMode
-counts them; not norms, RoPE, activations, optimizers.
+"""FLOPs in closed form, 2 a multiply-add: matrix products and attention, as torch's FlopCounterMode counts them; not norms,
+RoPE, activations, optimizers. Those of a forward are the model family's own (`ModelBase.forward_flops`).
 
 A backward is taken as two forwards, as is usual (arXiv:2204.02311, appendix B): 3 F a pass with gradient. It is less by the
 gradients of the network's inputs, which nobody needs (1.5e-5 of it for the 1.3B at 81 frames of 480 x 832). Hardware FLOPs
@@ -8,20 +8,14 @@ add what activation checkpointing repeats, not the scores that fused attention m
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import astuple, dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fvtitan.models.blocks import CausalConfig
-from fvtitan.models.wan.attention import BlockCausal
-from fvtitan.models.wan.transformer import WanConfig
-
 if TYPE_CHECKING:
-    from fvtitan.components.lora import LoRAConfig
     from fvtitan.config import JobConfig
     from fvtitan.methods.passes import Pass
 
@@ -38,9 +32,6 @@ PEAK_TFLOPS = {
     "L40S": 362.0,
 }
 """Dense bfloat16 TFLOP/s of the vendor's data sheets by words of the device's name; the first entry that fits."""
-
-VIDEO_LAYERS = (*(f"self_attn.{name}" for name in "qkvo"), "cross_attn.q", "cross_attn.o", "ffn.0", "ffn.2")
-TEXT_LAYERS = ("cross_attn.k", "cross_attn.v")
 
 
 @dataclass(frozen=True)
@@ -87,67 +78,6 @@ class Flops:
         return {"none": 0.0, "selective": linear, "full": linear + self.attention}[mode]
 
 
-def _adapters(lora: LoRAConfig | None, sizes: WanConfig, layers: Iterable[str]) -> int:
-    """FLOPs a token of the adapters on the named layers of all blocks."""
-    if lora is None:
-        return 0
-    wide = {"ffn.0": sizes.ffn_dim, "ffn.2": sizes.ffn_dim}
-    outer = sum(sizes.dim + wide.get(name, sizes.dim) for name in layers if lora.adapts(name))
-    return 2 * lora.rank * outer * sizes.num_layers
-
-
-def _forward(
-    sizes: WanConfig, tokens_per_frame: int, frames: int, seen: int, out_frames: int, lora: LoRAConfig | None
-) -> Flops:
-    """One forward of one video, but for what is done to its text. seen: pairs of a frame and one that it sees; out_frames:
-    those that reach the head."""
-    dim, layers, tokens = sizes.dim, sizes.num_layers, frames * tokens_per_frame
-    patch = math.prod(sizes.patch_size)
-    return Flops(
-        linear=layers * tokens * (12 * dim * dim + 4 * dim * sizes.ffn_dim),  # 4 of self-attention, 2 of cross, ffn
-        self_attention=layers * 4 * dim * seen * tokens_per_frame**2,
-        cross_attention=layers * 4 * dim * tokens * sizes.text_len,
-        ends=2 * dim * tokens * sizes.in_channels * patch
-        + 2 * dim * out_frames * tokens_per_frame * sizes.out_channels * patch
-        + 2 * dim * frames * (sizes.freq_dim + 7 * dim),
-        adapters=tokens * _adapters(lora, sizes, VIDEO_LAYERS),
-    )
-
-
-def _text(sizes: WanConfig, lora: LoRAConfig | None) -> Flops:
-    """The embedding of one text, and its keys and values in every block."""
-    dim, tokens = sizes.dim, sizes.text_len
-    return Flops(
-        linear=sizes.num_layers * tokens * 4 * dim * dim,
-        ends=2 * dim * tokens * (sizes.text_dim + dim),
-        adapters=tokens * _adapters(lora, sizes, TEXT_LAYERS),
-    )
-
-
-def forward_flops(
-    p: Pass, sizes: WanConfig, causal: CausalConfig | None, height: int, width: int, lora: LoRAConfig | None = None
-) -> Flops:
-    """All forwards of a pass for one video of `p.num_frames` x height x width latents. `causal`: how the role sees time, for
-    attention that is not full. `lora`: of a role that is an adapter."""
-    if p.attention == "full":
-        shapes = [(p.num_frames, p.num_frames**2)]
-    else:
-        plan = BlockCausal(causal.blocks(p.num_frames), causal.window, causal.sink, p.attention == "clean_context")
-        shapes = [
-            (end - start, (end - start) * sum(high - low for low, high in runs))
-            for (start, end), runs in plan.visible()
-        ]
-        if p.attention != "streaming":
-            frames, seen = zip(*shapes, strict=True)
-            shapes = [(sum(frames), sum(seen))]
-    tokens_per_frame = height * width // math.prod(sizes.patch_size)
-    flops = _text(sizes, lora) * (p.num_forwards if p.texts is None else p.texts)
-    for (frames, seen), count in zip(shapes, p.forwards, strict=True):
-        out_frames = p.num_frames if p.attention == "clean_context" else frames
-        flops += _forward(sizes, tokens_per_frame, frames, seen, out_frames, lora) * count
-    return flops * p.batch
-
-
 @dataclass(frozen=True)
 class PhaseFlops:
     """FLOPs of one phase: those that it needs, and with those that activation checkpointing repeats."""
@@ -163,7 +93,7 @@ class PhaseFlops:
 
 
 def phase_flops(
-    cfg: JobConfig, passes: Iterable[Pass], sizes: Mapping[str, WanConfig], height: int, width: int
+    cfg: JobConfig, passes: Iterable[Pass], sizes: Mapping[str, Any], height: int, width: int
 ) -> PhaseFlops:
     """Forwards and backwards of a method's passes for one video of height x width latents; `sizes` by role."""
     model = hardware = 0.0
@@ -175,11 +105,12 @@ def phase_flops(
     return PhaseFlops(model, hardware)
 
 
-def role_flops(cfg: JobConfig, p: Pass, sizes: Mapping[str, WanConfig], height: int, width: int) -> Flops:
-    """`forward_flops` of a pass, its role seeing time and adapted as `cfg` says."""
+def role_flops(cfg: JobConfig, p: Pass, sizes: Mapping[str, Any], height: int, width: int) -> Flops:
+    """All forwards of a pass, for one video, by the role's family; `sizes` by role."""
+    from fvtitan.models import MODELS
+
     role = cfg.models[p.role]
-    causal, lora = role.causal() if role.name == "wan_causal" else None, role.lora if role.lora.rank else None
-    return forward_flops(p, sizes[p.role], causal, height, width, lora)
+    return MODELS[role.name].forward_flops(p, sizes[p.role], role, height, width)
 
 
 GEMM_SHARE = 0.66

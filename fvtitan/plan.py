@@ -39,10 +39,9 @@ from fvtitan.errors import UserError, cli
 from fvtitan.methods import METHODS
 from fvtitan.methods.base import TrainingMethod
 from fvtitan.methods.passes import Pass
-from fvtitan.models import build_roles
+from fvtitan.models import MODELS, build_roles
 from fvtitan.models.base import ModelBase
-from fvtitan.models.wan import attention, weights
-from fvtitan.models.wan.transformer import WanConfig
+from fvtitan.models.wan import attention
 
 GIB = 2**30
 RESERVE = 0.06
@@ -162,7 +161,7 @@ class _Samples:
     has_latents, prompts_only, fingerprint = True, False, ""
     bucket_indices = [range(1)]
 
-    def __init__(self, cfg: JobConfig, sizes: WanConfig) -> None:
+    def __init__(self, cfg: JobConfig, sizes: Any) -> None:
         frames, height, width = cfg.data.latent_size()
         self.sample = {
             "latents": torch.zeros(frames, sizes.in_channels, height, width, dtype=torch.bfloat16),
@@ -224,9 +223,7 @@ def role_memory(cfg: JobConfig, models: Mapping[str, ModelBase]) -> dict[str, Ro
     return found
 
 
-def run_phases(
-    cfg: JobConfig, mesh: Mesh, sizes: Mapping[str, WanConfig]
-) -> tuple[dict[str, RoleMemory], dict[str, Phase]]:
+def run_phases(cfg: JobConfig, mesh: Mesh, sizes: Mapping[str, Any]) -> tuple[dict[str, RoleMemory], dict[str, Phase]]:
     """One optimizer step of the method, on fake tensors, with networks of these sizes."""
     device, method_class = torch.device("cpu"), METHODS[cfg.method.name]
     with contextlib.redirect_stdout(None):
@@ -280,9 +277,7 @@ def _cache_bytes(model: ModelBase) -> int:
     return sum(tensor.nbytes for layer in layers for tensor in vars(layer).values())
 
 
-def measure(
-    cfg: JobConfig, mesh: Mesh, sizes: Mapping[str, WanConfig]
-) -> tuple[dict[str, RoleMemory], dict[str, Phase]]:
+def measure(cfg: JobConfig, mesh: Mesh, sizes: Mapping[str, Any]) -> tuple[dict[str, RoleMemory], dict[str, Phase]]:
     """`run_phases` of networks of any depth: deep ones are run with one block less too, and continued. Those that are equally
     deep go together."""
 
@@ -304,13 +299,13 @@ def measure(
     return whole_memory, whole_phases
 
 
-def role_sizes(cfg: JobConfig) -> dict[str, WanConfig]:
+def role_sizes(cfg: JobConfig) -> dict[str, Any]:
     """Sizes of every role's network: by its flavor where that is given, so that nothing need be fetched."""
     sizes = {}
     for role, model in cfg.models.items():
         model = cfg.models[model.share_base_with] if model.share_base_with else model
         offline = dataclasses.replace(model, init_from="", init_role="student", init_weights="auto")
-        sizes[role] = weights.role_sizes(offline if model.flavor else model, role)
+        sizes[role] = MODELS[model.name].role_sizes(offline if model.flavor else model, role)
     return sizes
 
 
@@ -358,7 +353,7 @@ class Rates:
     between_nodes: float
     """The same, from other nodes."""
 
-    def compute_seconds(self, cfg: JobConfig, passes: Sequence[Pass], sizes: Mapping[str, WanConfig]) -> float:
+    def compute_seconds(self, cfg: JobConfig, passes: Sequence[Pass], sizes: Mapping[str, Any]) -> float:
         """Of one video on one GPU."""
         _, height, width = cfg.data.latent_size()
         mode = cfg.activation_checkpoint.mode

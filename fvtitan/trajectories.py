@@ -31,9 +31,9 @@ from fvtitan.errors import UserError, cli
 from fvtitan.flow_matching import NUM_TIMESTEPS, euler_ladder
 from fvtitan.methods import METHODS
 from fvtitan.methods.kd import KDConfig
-from fvtitan.models import build_roles
+from fvtitan.models import MODELS, build_roles
 from fvtitan.models.base import CausalModelBase, ModelBase
-from fvtitan.models.wan.weights import role_sizes, weights_hash
+from fvtitan.models.wan.weights import weights_hash
 from fvtitan.samplers import SamplerSpec, VelocityFn
 
 if TYPE_CHECKING:
@@ -180,7 +180,8 @@ def main() -> None:
         needed = [role for role in METHODS[cfg.method.name].needed_roles(cfg) if role == "teacher"]
         roles = build_roles(cfg, Mesh(cfg, device.type), device, needed)
         prompts = LatentCache(cfg.data.path, prompts_only=True)
-        sizes = role_sizes(cfg.models["teacher"], "teacher")
+        teacher = cfg.models["teacher"]
+        sizes = MODELS[teacher.name].role_sizes(teacher, "teacher")
         cache = prepare_trajectories(cfg, roles.get("teacher"), prompts, sizes.in_channels)
         log(f"{cache.folder.path}: complete, {len(cache)} trajectories")
     finally:

@@ -47,7 +47,7 @@ def _prepare_videos(cfg: JobConfig, option: str, path: str, num_clips: int, spli
     size = {"num_frames": cfg.data.num_frames, "height": cfg.data.height, "width": cfg.data.width}
     check_cache_geometry(cache, **size, fps=cfg.data.fps)
     for role, model in cfg.models.items():
-        for frames in sorted({shape[0] for shape in cache.bucket_shapes}) if model.name == "wan_causal" else ():
+        for frames in sorted({shape[0] for shape in cache.bucket_shapes}) if model.is_causal else ():
             try:
                 model.causal().blocks(frames)
             except UserError as error:

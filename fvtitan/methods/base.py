@@ -70,8 +70,8 @@ class TrainingMethod(nn.Module, ABC):
     """Those it needs."""
     optional_roles: ClassVar[tuple[str, ...]] = ()
     """Those it can use."""
-    student_model: ClassVar[str] = "wan"
-    """The student's `models.student.name`."""
+    causal_student: ClassVar[bool] = False
+    """Whether the student's family sees time in blocks."""
 
     def __init__(self, *, cfg: JobConfig, role_models: dict[str, ModelBase]):
         super().__init__()

@@ -52,7 +52,7 @@ class DiffusionForcingSFTMethod(TrainingMethod):
     """One noise level per block, independent across blocks, shared by the frames of a block; regress the velocity."""
 
     Config = DiffusionForcingSFTConfig
-    student_model: ClassVar[str] = "wan_causal"
+    causal_student: ClassVar[bool] = True
     student: CausalModelBase
 
     @classmethod

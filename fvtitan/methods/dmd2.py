@@ -24,6 +24,7 @@ from fvtitan.methods.base import MethodConfig, TrainingMethod, check_no_heldout_
 from fvtitan.methods.finetune import flow_matching_loss
 from fvtitan.methods.passes import Pass, expected
 from fvtitan.methods.watch import CollapseWatch
+from fvtitan.models import families
 from fvtitan.models.base import Conditioning, ModelBase
 from fvtitan.samplers import SamplerSpec, guide, level, renoise
 
@@ -68,8 +69,10 @@ class DMD2Config(MethodConfig):
                     f"{'trained' if trainable else 'frozen'}"
                 )
         for role in ("teacher", "critic"):
-            if cfg.models[role].name != "wan":
-                raise UserError(f'models.{role}.name = {cfg.models[role].name!r}: the scores are bidirectional, "wan"')
+            if cfg.models[role].is_causal:
+                raise UserError(
+                    f"models.{role}.name = {cfg.models[role].name!r}: the scores are bidirectional, {families(causal=False)}"
+                )
         if not cfg.models["teacher"].init_from:
             raise UserError("models.teacher.init_from is empty: a teacher needs pretrained weights")
         steps = self.denoising_steps

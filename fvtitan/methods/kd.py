@@ -23,6 +23,7 @@ from fvtitan.errors import UserError
 from fvtitan.flow_matching import NUM_TIMESTEPS
 from fvtitan.methods.base import MethodConfig, TrainingMethod, check_no_heldout_loss, check_num_frames_per_block
 from fvtitan.methods.passes import Pass
+from fvtitan.models import families
 from fvtitan.models.base import CausalModelBase, ModelBase
 from fvtitan.models.blocks import per_frame
 from fvtitan.samplers import SamplerSpec
@@ -79,10 +80,10 @@ class KDConfig(MethodConfig):
             raise UserError(f"models.teacher.trainable: {self.name} needs false, the teacher is frozen")
         if not teacher.init_from:
             raise UserError("models.teacher.init_from is empty: a teacher needs pretrained weights")
-        wanted = "wan_causal" if self.autoregressive else "wan"
-        if teacher.name != wanted:
+        if teacher.is_causal != self.autoregressive:
             raise UserError(
-                f"models.teacher.name = {teacher.name!r}: these trajectories are made by a {wanted!r} teacher"
+                f"models.teacher.name = {teacher.name!r}: these trajectories are made by a "
+                f"{families(causal=self.autoregressive)} teacher"
             )
 
     @property
@@ -232,7 +233,7 @@ class KDCausalMethod(KDMethod):
     """The same for a causal student, a rung a block."""
 
     Config = KDCausalConfig
-    student_model: ClassVar[str] = "wan_causal"
+    causal_student: ClassVar[bool] = True
     student: CausalModelBase
 
     @classmethod

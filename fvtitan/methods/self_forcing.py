@@ -143,7 +143,7 @@ class SelfForcingMethod(DMD2Method):
     """DMD2 on the student's own streaming rollouts."""
 
     Config = SelfForcingConfig
-    student_model: ClassVar[str] = "wan_causal"
+    causal_student: ClassVar[bool] = True
     student: CausalModelBase
 
     def __init__(self, *, cfg: JobConfig, role_models: dict[str, ModelBase]):

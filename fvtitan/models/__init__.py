@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from fvtitan.components.lora import base_parameters
 from fvtitan.distributed.mesh import Mesh
 from fvtitan.distributed.utils import log
-from fvtitan.models.base import ModelBase
+from fvtitan.models.base import CausalModelBase, ModelBase
 from fvtitan.models.wan.model import WanCausalModel, WanModel
-from fvtitan.models.wan.transformer import WanConfig
 
 if TYPE_CHECKING:
     from fvtitan.config import JobConfig
 
-MODELS: dict[str, type[WanModel]] = {"wan": WanModel, "wan_causal": WanCausalModel}
+MODELS: dict[str, type[ModelBase]] = {"wan": WanModel, "wan_causal": WanCausalModel}
+
+
+def is_causal(name: str) -> bool:
+    """Whether the family sees time in blocks."""
+    return issubclass(MODELS[name], CausalModelBase)
+
+
+def families(*, causal: bool) -> str:
+    """Those that do, or do not, for an error: `'wan'`."""
+    return " or ".join(repr(name) for name in MODELS if is_causal(name) == causal)
 
 
 def build_roles(
@@ -25,7 +34,7 @@ def build_roles(
     mesh: Mesh,
     device: torch.device,
     needed: Sequence[str] | None = None,
-    sizes: Mapping[str, WanConfig] | None = None,
+    sizes: Mapping[str, Any] | None = None,
 ) -> dict[str, ModelBase]:
     """`{role: model}` for every `[models.<role>]`, or those `needed`, sharded and with weights; a line for each. A role whose
     network others share is built before them, whatever the order. With `sizes` by role they stay on meta, for a plan."""

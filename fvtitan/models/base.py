@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,14 +14,18 @@ from torch import Tensor, nn
 
 from fvtitan import flow_matching
 from fvtitan.components.lora import adapter_parameters
+from fvtitan.distributed.mesh import Mesh
 from fvtitan.distributed.utils import reshard
+from fvtitan.errors import UserError
 from fvtitan.flow_matching import ScheduleConfig
 from fvtitan.models.blocks import CausalConfig
 from fvtitan.models.kv_cache import KVCache
 
 if TYPE_CHECKING:
-    from fvtitan.config import JobConfig
+    from fvtitan.config import JobConfig, RoleConfig
     from fvtitan.data.latent_cache import LatentCache
+    from fvtitan.flops import Flops
+    from fvtitan.methods.passes import Pass
 
 
 @dataclass(frozen=True)
@@ -37,7 +42,8 @@ class Conditioning:
 
 class ModelBase(ABC):
     """A role's network behind the interface that methods use. `transformer` is the module that is sharded and, but for an
-    adapter, trained; roles with adapters may share it."""
+    adapter, trained; roles with adapters may share it. It has `.blocks`, and its sizes as `.cfg`: a dataclass with at least
+    `num_layers`, `in_channels`, `text_dim` and `text_len`."""
 
     latent_channels: int
     """Channels of the latents."""
@@ -66,6 +72,44 @@ class ModelBase(ABC):
         self.identity = ""
         """Hash of the weights that a frozen role, or the base under an adapter, was loaded from."""
 
+    # ------------------------------------------------- what a family of the registry has, before its network exists
+
+    @classmethod
+    def role_sizes(cls, role_cfg: RoleConfig, role: str) -> Any:
+        """The network's sizes that [models.<role>] asks for. Raises `UserError` when there are none."""
+        raise NotImplementedError
+
+    @classmethod
+    def check(cls, cfg: JobConfig, role: str) -> None:
+        """Raise `UserError` for what of a run's configuration this family cannot do, before any work."""
+        degree, rank, name = cfg.parallelism.context_parallel_degree, cfg.models[role].lora.rank, cfg.models[role].name
+        if rank:
+            raise UserError(f"models.{role}.lora.rank = {rank}: not with models.{role}.name = {name!r}; remove it")
+        if degree > 1:
+            raise UserError(
+                f"parallelism.context_parallel_degree = {degree}: not with models.{role}.name = {name!r}; use 1"
+            )
+
+    @classmethod
+    def build(
+        cls,
+        cfg: JobConfig,
+        role: str,
+        mesh: Mesh,
+        device: torch.device,
+        base: ModelBase | None = None,
+        sizes: Any | None = None,
+    ) -> ModelBase:
+        """The role on a network of its own, or as an adapter on that of `base`; with `sizes` on meta, for a plan."""
+        raise NotImplementedError
+
+    @classmethod
+    def forward_flops(cls, p: Pass, sizes: Any, role_cfg: RoleConfig, height: int, width: int) -> Flops:
+        """All forwards of a pass for one video of `p.num_frames` x height x width latents, on a network of these sizes."""
+        raise NotImplementedError
+
+    # --------------------------------------------------------------------------------------------------------------
+
     def trained_parameters(self) -> dict[str, nn.Parameter]:
         """What this role trains, by name; an adapter's names do not tell whose it is. Sharded, and not gathered when this
         returns: writes to them would be lost."""
@@ -79,7 +123,7 @@ class ModelBase(ABC):
     @property
     def sizes(self) -> dict[str, Any]:
         """What rebuilds the network, as JSON."""
-        return {}
+        return dataclasses.asdict(self.transformer.cfg)
 
     def attention_kernel(self, cfg: JobConfig) -> str:
         """What computes self-attention in this process, for a micro-batch of `cfg`, in words; empty: not known."""
@@ -91,13 +135,31 @@ class ModelBase(ABC):
         self.uncond_embeds = cache.negative_prompt_embeds if negative else cache.empty_prompt_embeds
         self.check_cache(cfg, cache)
 
-    @abstractmethod
     def check_cache(self, cfg: JobConfig, cache: LatentCache) -> None:
         """Raise `UserError` when the cache's channels or text width are not the network's."""
+        sizes, sample = self.transformer.cfg, cache[0]
+        width = sample["prompt_embeds"].shape[1]
+        if cache.has_latents and (channels := sample["latents"].shape[1]) != sizes.in_channels:
+            raise UserError(f"{cfg.data.path}: latents have {channels} channels, the network {sizes.in_channels}")
+        if width != sizes.text_dim:
+            raise UserError(
+                f"{cfg.data.path}: text embeddings are {width} wide, the network wants {sizes.text_dim}: "
+                "preprocess with the text encoder that belongs to the model"
+            )
 
-    @abstractmethod
     def conditioning(self, prompt_embeds: Sequence[Tensor]) -> Conditioning:
-        """Conditioning of a batch from its prompts' embeddings, each `[L_i, D]` at its true length."""
+        """Conditioning of a batch from its prompts' embeddings, each `[L_i, D]` at its true length, zero-padded."""
+        sizes = self.transformer.cfg
+        text = torch.zeros(
+            (len(prompt_embeds), sizes.text_len, sizes.text_dim),
+            dtype=prompt_embeds[0].dtype,
+            pin_memory=self.device.type == "cuda",  # else the copy below would wait for the device
+        )
+        for row, embeds in zip(text, prompt_embeds, strict=True):
+            if embeds.shape[0] > sizes.text_len:
+                raise UserError(f"a prompt of {embeds.shape[0]} tokens exceeds the model's text_len {sizes.text_len}")
+            row[: embeds.shape[0]] = embeds
+        return Conditioning(text=text.to(self.device, non_blocking=True))
 
     def unconditional(self, batch_size: int) -> Conditioning:
         """Conditioning on the unconditional prompt."""

@@ -58,13 +58,13 @@ from fvtitan.config import JobConfig, RoleConfig, load_config, read_toml
 from fvtitan.data.dataloader import BatchStream, GlobalBatchSampler
 from fvtitan.data.latent_cache import LatentCache
 from fvtitan.distributed.mesh import Mesh
-from fvtitan.flops import forward_flops
 from fvtitan.methods import METHODS
 from fvtitan.methods.base import MethodConfig
 from fvtitan.methods.finetune import FineTuneConfig, FineTuneMethod
 from fvtitan.methods.passes import Pass
 from fvtitan.models import build_roles
 from fvtitan.models.wan import weights
+from fvtitan.models.wan.flops import forward_flops
 from fvtitan.models.wan.model import WanModel
 from fvtitan.models.wan.transformer import WanConfig
 from tests.helpers import GEOMETRY, ROOT, make_cache, random_transformer, read_checkpoint, small_arguments, train

@@ -19,11 +19,12 @@ from fvtitan.components.stops import read_status
 from fvtitan.config import load_config
 from fvtitan.data.dataloader import GlobalBatchSampler
 from fvtitan.data.latent_cache import LatentCache
-from fvtitan.flops import forward_flops, phase_flops
+from fvtitan.flops import phase_flops
 from fvtitan.methods import METHODS
 from fvtitan.methods.dmd2 import DMD2Method
 from fvtitan.methods.finetune import FineTuneMethod
 from fvtitan.methods.passes import Pass
+from fvtitan.models.wan.flops import forward_flops
 from fvtitan.models.wan.transformer import FLAVORS
 from tests.helpers import ROOT, causal_recipe, dmd2_recipe, make_cache, read_checkpoint, small_arguments, train
 

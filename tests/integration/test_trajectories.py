@@ -30,6 +30,7 @@ from fvtitan.errors import UserError, cli
 from fvtitan.methods.kd import KDMethod
 from fvtitan.models import build_roles
 from fvtitan.models.base import ModelBase
+from fvtitan.models.wan import model as wan_model
 from fvtitan.models.wan import weights
 from fvtitan.models.wan.transformer import WanConfig
 from tests.helpers import (
@@ -118,9 +119,9 @@ def spied():
     """The samples that are written meanwhile, and the roles that are built."""
     written, built = [], []
     with pytest.MonkeyPatch.context() as patch:
-        write, build = TrajectoryFolder.write_sample, weights.role_sizes
+        write, build = TrajectoryFolder.write_sample, wan_model.build_transformer
         patch.setattr(TrajectoryFolder, "write_sample", lambda self, i, *t: written.append(i) or write(self, i, *t))
-        patch.setattr(weights, "role_sizes", lambda model, role: built.append(role) or build(model, role))
+        patch.setattr(wan_model, "build_transformer", lambda cfg, role, *a: built.append(role) or build(cfg, role, *a))
         yield written, built
 
 

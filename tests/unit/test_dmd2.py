@@ -410,7 +410,7 @@ def test_values_that_are_not_finite_name_their_role(cache, tmp_path, role, value
             {"teacher": {"name": "wan_causal", "frames_per_block": 1}},
             {},
             {},
-            "models.teacher.name = 'wan_causal': the scores are bidirectional, \"wan\"",
+            "models.teacher.name = 'wan_causal': the scores are bidirectional, 'wan'",
         ),
         ({"critic": {"name": "wan_causal", "frames_per_block": 1}}, {}, {}, "models.critic.name = 'wan_causal'"),
         ({"student": {"name": "wan_causal", "frames_per_block": 1}}, {}, {}, "models.student.name = 'wan_causal'"),

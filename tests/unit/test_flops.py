@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fvtitan.config import RoleConfig
 from fvtitan.distributed.mesh import Mesh
-from fvtitan.flops import Flops, PhaseFlops, device_rates, forward_flops, named_peak, phase_flops, roofline_seconds
+from fvtitan.flops import Flops, PhaseFlops, device_rates, named_peak, phase_flops, roofline_seconds
 from fvtitan.flow_matching import ScheduleConfig
 from fvtitan.methods import METHODS
 from fvtitan.methods.base import TrainingMethod
@@ -20,6 +20,7 @@ from fvtitan.methods.passes import Pass, expected
 from fvtitan.models import build_roles
 from fvtitan.models.base import Conditioning
 from fvtitan.models.blocks import block_starts
+from fvtitan.models.wan.flops import forward_flops
 from fvtitan.models.wan.model import WanCausalModel
 from fvtitan.models.wan.transformer import FLAVORS, WanConfig, WanTransformer
 from tests.helpers import dmd2_recipe, kd_recipe, make_cache, self_forcing_recipe, small_config

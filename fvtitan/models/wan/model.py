@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -14,18 +13,22 @@ from torch import Tensor
 from fvtitan.components.lora import add_adapter, initialise_adapter
 from fvtitan.distributed.mesh import Mesh
 from fvtitan.distributed.parallelize import parallelize
+from fvtitan.distributed.sequence_parallel import check_heads
 from fvtitan.distributed.utils import gathered
 from fvtitan.errors import UserError
+from fvtitan.flops import Flops
 from fvtitan.flow_matching import ScheduleConfig
 from fvtitan.models.base import CausalModelBase, Conditioning, ModelBase
 from fvtitan.models.kv_cache import KVCache
 from fvtitan.models.wan import weights
+from fvtitan.models.wan.adapter import flavor_config
 from fvtitan.models.wan.attention import BlockCausal, chosen_kernel
+from fvtitan.models.wan.flops import forward_flops
 from fvtitan.models.wan.transformer import WanConfig, WanTransformer
 
 if TYPE_CHECKING:
     from fvtitan.config import JobConfig, RoleConfig
-    from fvtitan.data.latent_cache import LatentCache
+    from fvtitan.methods.passes import Pass
 
 
 def build_transformer(
@@ -66,6 +69,21 @@ class WanModel(ModelBase):
         self.reshard_after_forward = False  # not sharded
 
     @classmethod
+    def role_sizes(cls, role_cfg: RoleConfig, role: str) -> WanConfig:
+        return weights.role_sizes(role_cfg, role)
+
+    @classmethod
+    def check(cls, cfg: JobConfig, role: str) -> None:
+        if flavor := cfg.models[role].flavor:
+            sizes = flavor_config(flavor, f"models.{role}.flavor")
+            check_heads(role, sizes.num_heads, cfg.parallelism.context_parallel_degree)
+
+    @classmethod
+    def forward_flops(cls, p: Pass, sizes: WanConfig, role_cfg: RoleConfig, height: int, width: int) -> Flops:
+        causal, lora = role_cfg.causal() if role_cfg.is_causal else None, role_cfg.lora if role_cfg.lora.rank else None
+        return forward_flops(p, sizes, causal, height, width, lora)
+
+    @classmethod
     def build(
         cls,
         cfg: JobConfig,
@@ -75,7 +93,6 @@ class WanModel(ModelBase):
         base: WanModel | None = None,
         sizes: WanConfig | None = None,
     ) -> WanModel:
-        """The role on a network of its own, or as an adapter on that of `base`; with `sizes` on meta, for a plan."""
         role_cfg, dtype = cfg.models[role], getattr(torch, cfg.role_dtypes(role)[1])
         transformer = base.transformer if base else build_transformer(cfg, role, mesh, device, sizes)
         model = cls(
@@ -117,39 +134,11 @@ class WanModel(ModelBase):
     def gathered(self) -> contextlib.AbstractContextManager[None]:
         return gathered(self.transformer, self.reshard_after_forward)
 
-    @property
-    def sizes(self) -> dict[str, Any]:
-        return dataclasses.asdict(self.transformer.cfg)
-
     def attention_kernel(self, cfg: JobConfig) -> str:
         sizes, batch, (t, h, w) = self.transformer.cfg, cfg.training.local_batch_size, cfg.data.latent_size()
         tokens = self.num_tokens(torch.Size((1, t, self.latent_channels, h, w)))
         heads = sizes.num_heads // cfg.parallelism.context_parallel_degree
         return chosen_kernel((batch, tokens, heads, sizes.head_dim), self.dtype, self.device)
-
-    def check_cache(self, cfg: JobConfig, cache: LatentCache) -> None:
-        sizes, sample = self.transformer.cfg, cache[0]
-        width = sample["prompt_embeds"].shape[1]
-        if cache.has_latents and (channels := sample["latents"].shape[1]) != sizes.in_channels:
-            raise UserError(f"{cfg.data.path}: latents have {channels} channels, the network {sizes.in_channels}")
-        if width != sizes.text_dim:
-            raise UserError(
-                f"{cfg.data.path}: text embeddings are {width} wide, the network wants {sizes.text_dim}: "
-                "preprocess with the text encoder that belongs to the model"
-            )
-
-    def conditioning(self, prompt_embeds: Sequence[Tensor]) -> Conditioning:
-        sizes = self.transformer.cfg
-        text = torch.zeros(
-            (len(prompt_embeds), sizes.text_len, sizes.text_dim),
-            dtype=prompt_embeds[0].dtype,
-            pin_memory=self.device.type == "cuda",  # else the copy below would wait for the device
-        )
-        for row, embeds in zip(text, prompt_embeds, strict=True):
-            if embeds.shape[0] > sizes.text_len:
-                raise UserError(f"a prompt of {embeds.shape[0]} tokens exceeds the model's text_len {sizes.text_len}")
-            row[: embeds.shape[0]] = embeds
-        return Conditioning(text=text.to(self.device, non_blocking=True))
 
     def predict_velocity(self, noisy: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
         return _wide(self.transformer(noisy, sigma, cond.text, adapter=self.adapter))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,7 +18,7 @@ from fvtitan.components.files import file_sha256, write_atomic
 from fvtitan.components.lora import LoRAConfig, base_parameters, merge_adapter
 from fvtitan.components.rng import generator
 from fvtitan.distributed.utils import local_rows, local_tensor, reshard
-from fvtitan.errors import UserError, shortened
+from fvtitan.errors import UserError, listed, shortened
 from fvtitan.models.wan.adapter import config_to_diffusers, diffusers_names, flavor_config, to_diffusers_tensor
 from fvtitan.models.wan.files import WEIGHTS_NAME, WeightFiles, holds_average, open_weights
 from fvtitan.models.wan.transformer import WanConfig, WanTransformer, init_parameter
@@ -158,6 +158,10 @@ def checkpoint_sizes(folder: str | Path, role: str) -> WanConfig:
         saved = json.loads(path.read_text(encoding="utf-8"))
         if role not in saved:
             raise UserError(f"{folder}: the checkpoint holds no role {role!r}; it holds {', '.join(saved)}")
+        if "patch_size" not in saved[role]:
+            raise UserError(
+                f"{path}: {role!r} has the sizes {shortened(listed(saved[role]))}: not a Wan network, and only those are read"
+            )
         return WanConfig(**saved[role] | {"patch_size": tuple(saved[role]["patch_size"])})
     except FileNotFoundError:
         raise UserError(f"{folder}: there is no checkpoint here (no roles.json)") from None
@@ -234,7 +238,7 @@ def _check_shift(theirs: float, model: RoleConfig, cfg: JobConfig, key: str) -> 
         )
 
 
-def load_checkpoint(transformer: WanTransformer, model: RoleConfig, cfg: JobConfig, key: str) -> None:
+def load_checkpoint(transformer: nn.Module, model: RoleConfig, cfg: JobConfig, key: str) -> None:
     """Read a role of another run's checkpoint into the (sharded) parameters, as `model` says; an adapter is merged into its
     base.
 
@@ -281,14 +285,13 @@ def role_sizes(model: RoleConfig, role: str) -> WanConfig:
 
 
 @torch.no_grad()
-def initialise(transformer: WanTransformer, seed: int, role: str) -> None:
+def initialise(transformer: nn.Module, seed: int, role: str, init: Callable[..., Tensor] = init_parameter) -> None:
     """Draw every parameter as a full tensor from its own stream and keep the local rows: the same model on any number
-    of ranks (draws on shards would give every rank the same values, and another model than one rank's)."""
+    of ranks (draws on shards would give every rank the same values, and another model than one rank's). `init`: a family's
+    `init_parameter`."""
     reshard(transformer)
     for name, parameter in transformer.named_parameters():
-        full = init_parameter(
-            name, parameter.shape, transformer.cfg, lambda stream: generator("cpu", seed, "init", role, stream)
-        )
+        full = init(name, parameter.shape, transformer.cfg, lambda stream: generator("cpu", seed, "init", role, stream))
         local_tensor(parameter).copy_(full[local_rows(parameter)])
 
 
