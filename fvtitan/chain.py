@@ -365,7 +365,7 @@ def check_expectations(chain: Chain) -> None:
         cfg = read_toml(chain.recipe(name))
         spec, student = METHODS[cfg.method.name].sampler(cfg), cfg.models["student"]
         measured = {(chain.lengths[0], rungs) for rungs in RUNGS} | {(chain.lengths[1], rungs) for rungs in RUNGS}
-        if student.name == "wan_causal":
+        if student.is_causal:
             blocks = {frames: len(student.causal().blocks((frames - 1) // 4 + 1)) for frames in chain.lengths}
             measured = {(frames, num_forwards(spec, blocks[frames])) for frames in chain.lengths}
         for expected in expectations(chain.recipe(name)):

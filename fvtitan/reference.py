@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from fvtitan.methods import METHODS
 from fvtitan.methods.base import MethodConfig
+from fvtitan.models import families
 
 INTRO = """# Configuration
 
@@ -104,7 +105,7 @@ def _method(name: str) -> list[str]:
     method = METHODS[name]
     roles = [f"`{role}`" for role in method.roles] + [f"`{role}` (optional)" for role in method.optional_roles]
     lines = ["", f"### `{name}`", "", _cell(method.__doc__ or "")]
-    lines += [f"Roles: {', '.join(roles)}; the student is a `{method.student_model}`."]
+    lines += [f"Roles: {', '.join(roles)}; the student is {families(causal=method.causal_student)}."]
     lines += [
         f"Its keys are those of `{other}` and" for other in METHODS if METHODS[other].Config is method.Config.__base__
     ]
