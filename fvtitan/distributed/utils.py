@@ -203,6 +203,27 @@ def on_rank_zero(action: Callable[[], Any]) -> Any:
     return outcome[0]
 
 
+def on_every_rank(action: Callable[[], Any]) -> list[Any]:
+    """What `action` returns on each rank, in their order. The error of one is raised on all: a `UserError` as it is, others
+    elsewhere than where they happened as a RuntimeError of the same text. Without a process group: of this process."""
+    result = failure = None
+    try:
+        result = action()
+    except Exception as error:
+        failure = error
+    if not dist.is_initialized():
+        outcomes = [(failure, result)]
+    else:
+        known = failure is None or isinstance(failure, UserError)
+        told = failure if known else RuntimeError(f"rank {dist.get_rank()}: {type(failure).__name__}: {failure}")
+        outcomes: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(outcomes, (told, result))
+    for error in [failure, *(other for other, _ in outcomes)]:
+        if error is not None:
+            raise error
+    return [other for _, other in outcomes]
+
+
 def log(message: str) -> None:
     """Print one line, on rank 0."""
     if dist.get_rank() == 0:
