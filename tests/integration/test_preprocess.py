@@ -23,8 +23,9 @@ from fvtitan.data import moving_shapes as ms
 from fvtitan.data.dataloader import BatchStream
 from fvtitan.data.latent_cache import LatentCache
 from fvtitan.data.video import write_video
-from fvtitan.errors import UserError
+from fvtitan.errors import UserError, cli
 from tests.helpers import ROOT
+from tests.integration import exact_worker
 
 SIZE = {"width": 32, "height": 32, "num_frames": 5}
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -37,8 +38,12 @@ def launch(source: Path, output: Path, ranks: int = 1, *extra: str) -> list[str]
     if ranks > 1:
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "-m"]
         launcher.append("fvtitan.preprocess")
+    return [*launcher, *arguments_of(source, output), *extra]
+
+
+def arguments_of(source: Path, output: Path) -> list[str]:
     given = ["--data", str(source), *SIZE_ARGUMENTS] if source.is_dir() else ["--prompts", str(source)]
-    return [*launcher, *given, "--output", str(output), "--model", "tiny-wan", *extra]
+    return [*given, "--output", str(output), "--model", "tiny-wan"]
 
 
 def run(source: Path, output: Path, ranks: int = 1, *extra: str) -> subprocess.CompletedProcess:
@@ -140,10 +145,17 @@ def test_batches_of_prompts(prompt_cache):
     assert sorted(i for batch in batches for i in batch["sample_indices"].tolist()) == list(range(1292))
 
 
+def program(folder: Path, *, arguments: list[str]) -> None:
+    """`fvtitan.preprocess` in this process; the folder is that of its output."""
+    sys.argv = ["preprocess.py", *arguments]
+    cli(pp.main)
+
+
 def test_two_ranks_make_the_same_cache(either, tmp_path):
     source, cache = either
-    done = run(source, tmp_path / "cache", 2)
-    assert done.returncode == 0, done.stderr[-2000:]
+    arguments = arguments_of(source, tmp_path / "cache")
+    status = exact_worker.launch(2, [], tmp_path / "logs", watcher=program, arguments=arguments)
+    assert status == [0, 0], exact_worker.output(tmp_path / "logs")
     assert content(tmp_path / "cache") == content(cache)
 
 
@@ -528,7 +540,7 @@ def test_files_that_are_no_prompts(tmp_path):
     assert not (tmp_path / "c").exists()
 
 
-def test_program_errors_are_one_line(videos, prompts, tmp_path):
+def test_program_errors_are_one_line(videos, prompts, tmp_path, monkeypatch, capsys):
     useless = ["--width", "832", "--max-frames", "7"]  # also where they repeat the default
     for source, extra, message in (
         (videos, ["--num-frames", "6"], "--num-frames 6: must be 4n + 1; nearest: 5 or 9"),
@@ -536,8 +548,11 @@ def test_program_errors_are_one_line(videos, prompts, tmp_path):
         (videos, ["--model", "nowhere"], "'nowhere' is neither"),
         (prompts, useless, "--width, --max-frames: for --data only, a cache of --prompts has no clips: leave out"),
     ):
-        done = run(source, tmp_path / "c", 1, *extra)
-        assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1, done.stderr
+        monkeypatch.setattr(sys, "argv", ["preprocess.py", *arguments_of(source, tmp_path / "c"), *extra])
+        with pytest.raises(SystemExit) as exit_:
+            cli(pp.main)
+        error = capsys.readouterr().err
+        assert exit_.value.code == 2 and message in error and error.count("\n") == 1, error
 
 
 def test_help_names_every_option():

@@ -342,14 +342,13 @@ def test_small(command, tree, trained, monkeypatch):
     folder = cfg.job.dump_folder
     trained[folder] = trained.get(folder, 0) + 2
     command_line = f"{command} {smaller} --training.steps {trained[folder]}"
-    if trained[folder] > 2:  # this recipe was validated before
+    if command != TRAIN[0]:  # test_exact.py has every recipe validate
         command_line += " --validation.enable false"
     text = run(command_line, tree, timeout=900)
     assert f"step {trained[folder]}/{trained[folder]} " in text and f"finished {trained[folder]} steps" in text
     assert ("resumed from" in text) == (trained[folder] > 2)
     if command == TRAIN[0]:
         assert_promises_kept(tree)
-        assert "this job is finished" in run(command_line, tree, timeout=900)
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import weakref
 from multiprocessing.connection import wait
@@ -33,7 +32,6 @@ from fvtitan.models.base import ModelBase
 from fvtitan.models.wan import weights
 from fvtitan.models.wan.transformer import WanConfig
 from tests.helpers import (
-    ROOT,
     dmd2_recipe,
     kd_recipe,
     make_cache,
@@ -221,13 +219,11 @@ def launch(arguments: list[str], folder: Path, ranks: int = 1, kill: tuple[str, 
 
 
 def test_two_ranks_make_the_same_cache(runs, whole, tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m"]
-    command += ["fvtitan.trajectories", *runs(tmp_path)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    status = launch(runs(tmp_path), tmp_path / "logs", ranks=2)
+    said = (tmp_path / "logs/rank0.log").read_text()
+    assert status == [0, 0], said
     assert content(tmp_path / "recipe/trajectories") == content(whole)
-    assert "trajectories: 38/38 samples of this rank, 0s left" in done.stdout
+    assert "trajectories: 38/38 samples of this rank, 0s left" in said
 
 
 @pytest.mark.faults
