@@ -5,7 +5,6 @@ Training is tiny: 4 steps, a checkpoint after each.
 
 from __future__ import annotations
 
-import json
 import os
 import resource
 import shutil
@@ -25,14 +24,12 @@ from fvtitan.components.metrics import read_metrics
 from fvtitan.components.stops import read_status
 from fvtitan.errors import EXIT_DISK_FULL, cli
 from fvtitan.methods.finetune import FineTuneMethod
-from fvtitan.models.wan import weights
-from fvtitan.models.wan.transformer import WanConfig
 from tests.helpers import (
     ROOT,
     causal_recipe,
     dmd2_recipe,
     make_cache,
-    random_transformer,
+    one_layer,
     self_forcing_recipe,
     small_arguments,
     train,
@@ -41,7 +38,6 @@ from tests.integration.exact_worker import launch, output
 from tests.integration.test_train import assert_same_checkpoint, training_values
 
 STEPS = 4
-SIZES = WanConfig(num_layers=1, num_heads=2, head_dim=32, ffn_dim=64, text_dim=64, text_len=32, freq_dim=64)
 
 
 @pytest.fixture(scope="module")
@@ -50,22 +46,11 @@ def cache(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def start(tmp_path_factory):
-    """Initial weights, few of them: 1.8 MB a checkpoint."""
-    folder = tmp_path_factory.mktemp("start")
-    weights.save_transformer(random_transformer(SIZES).state_dict(), SIZES, folder / "transformer")
-    (folder / "fvtitan.json").write_text(json.dumps({"text_len": SIZES.text_len}))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def arguments(cache, start):
+def arguments(cache):
     def arguments_of(folder: Path, **keys: Any) -> list[str]:
         settings = {"training__steps": STEPS, "training__global_batch_size": 4, "checkpoint__interval": 1}
         settings |= {"lr_scheduler__decay_type": "constant", **keys}  # a shorter run takes the same steps
-        return small_arguments(
-            cache, folder, **{"models.student.flavor": "", "models.student.init_from": start, **settings}
-        )
+        return small_arguments(cache, folder, **{**one_layer(cache.parent), **settings})
 
     return arguments_of
 

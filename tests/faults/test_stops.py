@@ -20,7 +20,7 @@ from fvtitan.components.stops import EXIT_STOPPED, SAME_SIGNAL_SECONDS, Stops, r
 from fvtitan.errors import UserError
 from fvtitan.methods.finetune import FineTuneMethod
 from tests.faults.stops_worker import wait_in_steps
-from tests.helpers import ROOT, make_cache, small_arguments, train
+from tests.helpers import ROOT, make_cache, one_layer, small_arguments, train
 from tests.integration.exact_worker import launch, output, start
 from tests.integration.test_train import assert_same_checkpoint, training_values
 
@@ -36,7 +36,7 @@ def cache(tmp_path_factory):
 def arguments_of(cache: Path, folder: Path, **keys: Any) -> list[str]:
     """Saved only when asked, and after the last step."""
     keys = {"training__steps": STEPS, "training__global_batch_size": 4, "checkpoint__interval": 100, **keys}
-    return small_arguments(cache, folder / "run", **keys)
+    return small_arguments(cache, folder / "run", **{**one_layer(cache.parent), **keys})
 
 
 @pytest.fixture(scope="module")
