@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
 import runpy
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import pytest
 import tomli_w
 import torch
 
@@ -222,6 +226,21 @@ def train(arguments: list[str]) -> int:
     finally:
         sys.argv = argv
     raise AssertionError("train.py did not exit")
+
+
+@contextlib.contextmanager
+def stopping(method: type, step: int) -> Iterator[None]:
+    """Inside, a training in this process ends at the start of the first phase of `step`, as by Ctrl-C that nobody hears."""
+    step_of = method.single_train_step
+
+    def stops(self, batch: dict[str, Any], current: int, role: str):
+        if current == step:
+            raise KeyboardInterrupt
+        return step_of(self, batch, current, role)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(method, "single_train_step", stops)
+        yield
 
 
 def read_checkpoint(folder: Path) -> dict[str, torch.Tensor]:

@@ -67,7 +67,16 @@ from fvtitan.models import build_roles
 from fvtitan.models.wan import weights
 from fvtitan.models.wan.model import WanModel
 from fvtitan.models.wan.transformer import WanConfig
-from tests.helpers import GEOMETRY, ROOT, make_cache, random_transformer, read_checkpoint, small_arguments, train
+from tests.helpers import (
+    GEOMETRY,
+    ROOT,
+    make_cache,
+    random_transformer,
+    read_checkpoint,
+    small_arguments,
+    stopping,
+    train,
+)
 from tests.integration.exact_worker import launch, output, part, records
 
 STEPS = 6
@@ -687,15 +696,7 @@ def test_saving_a_never_stepped_optimizer_changes_nothing(two_roles, often):
 @pytest.mark.faults
 def test_a_run_resumes_from_before_an_optimizers_first_step(two_roles, often):
     """Fault 2."""
-    step_of = TwoRolesMethod.single_train_step
-
-    def stops(self, batch, step, role):
-        if step == 4:
-            raise KeyboardInterrupt
-        return step_of(self, batch, step, role)
-
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(TwoRolesMethod, "single_train_step", stops)
+    with stopping(TwoRolesMethod, 4):
         two_roles.train("stopped", interval=2)
     assert Checkpointer(two_roles.folder / "stopped/checkpoint").steps() == [2]  # the critic's first step is the third
     assert_same_training(often, two_roles.train("stopped", interval=2))

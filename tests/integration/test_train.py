@@ -25,7 +25,16 @@ from fvtitan.methods.dmd2 import DMD2Method
 from fvtitan.methods.finetune import FineTuneMethod
 from fvtitan.methods.passes import Pass
 from fvtitan.models.wan.transformer import FLAVORS
-from tests.helpers import ROOT, causal_recipe, dmd2_recipe, make_cache, read_checkpoint, small_arguments, train
+from tests.helpers import (
+    ROOT,
+    causal_recipe,
+    dmd2_recipe,
+    make_cache,
+    read_checkpoint,
+    small_arguments,
+    stopping,
+    train,
+)
 
 
 @pytest.fixture(scope="module")
@@ -57,21 +66,13 @@ def assert_same_checkpoint(first, second) -> None:
 
 @pytest.mark.faults
 @pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.slow), 2])
-def test_a_stopped_run_resumes_bit_for_bit(cache, tmp_path, monkeypatch, workers):
+def test_a_stopped_run_resumes_bit_for_bit(cache, tmp_path, workers):
     """Fault 1."""
     # 6 steps of 4 samples over 10: the stop lies in the middle of an epoch, and the run crosses epochs.
     keys = {"training__global_batch_size": 4, "data__num_workers": workers}
     assert train(small_arguments(cache, tmp_path / "whole", **keys)) == 0
 
-    step_of = FineTuneMethod.single_train_step
-
-    def stops(self, batch, step, role):
-        if step == 4:
-            raise KeyboardInterrupt
-        return step_of(self, batch, step, role)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(FineTuneMethod, "single_train_step", stops)
+    with stopping(FineTuneMethod, 4):
         train(small_arguments(cache, tmp_path / "stopped", **keys))
     assert train(small_arguments(cache, tmp_path / "stopped", **{**keys, "data__num_workers": 0})) == 0
 

@@ -38,6 +38,7 @@ from tests.helpers import (
     random_transformer,
     read_checkpoint,
     small_arguments,
+    stopping,
     train,
 )
 from tests.integration.exact_worker import forkserver
@@ -553,7 +554,7 @@ KINDS = [{}, {"name": "kd_causal"}, {"name": "kd_causal", "teacher_forcing": Tru
     [pytest.param(kind, marks=pytest.mark.slow if i else []) for i, kind in enumerate(KINDS)],
     ids=["kd", "kd_causal", "teacher_forcing"],
 )
-def test_a_stopped_run_resumes_bit_for_bit(runs, tmp_path, monkeypatch, method):
+def test_a_stopped_run_resumes_bit_for_bit(runs, tmp_path, method):
     """Fault 2. 4 steps of 4 samples over 10: the stop lies in the middle of an epoch, and the run crosses epochs."""
     keys = {
         "training__steps": 4,
@@ -564,16 +565,8 @@ def test_a_stopped_run_resumes_bit_for_bit(runs, tmp_path, monkeypatch, method):
     }
     method = {"num_trajectories": 10, **method}
     assert train(runs(tmp_path, overrides=keys, **method)) == 0
-    step_of = KDMethod.single_train_step
-
-    def stops(self, batch, step, role):
-        if step == 3:
-            raise KeyboardInterrupt
-        return step_of(self, batch, step, role)
-
     keys |= {"job__dump_folder": tmp_path / "stopped", "data__num_workers": 0}
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(KDMethod, "single_train_step", stops)
+    with stopping(KDMethod, 3):
         train(runs(tmp_path, overrides=keys, **method))
     assert Checkpointer(tmp_path / "stopped/checkpoint").steps() == [2]
     assert train(runs(tmp_path, overrides=keys, **method)) == 0
