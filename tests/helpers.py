@@ -8,7 +8,7 @@ import hashlib
 import json
 import runpy
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import torch
 from fvtitan.components.rng import generator
 from fvtitan.config import JobConfig, RoleConfig, load_config
 from fvtitan.data.latent_cache import FORMAT_VERSION, fingerprint, shard_bytes, stack_text, text_key
+from fvtitan.errors import cli
 from fvtitan.flow_matching import ScheduleConfig
 from fvtitan.models.wan.model import WanCausalModel, WanModel
 from fvtitan.models.wan.transformer import WanConfig, WanTransformer, init_parameter
@@ -226,6 +227,14 @@ def train(arguments: list[str]) -> int:
     finally:
         sys.argv = argv
     raise AssertionError("train.py did not exit")
+
+
+def run_program(main: Callable[[], int | None], *arguments: object) -> int:
+    """`main` of a program, as its command line runs it, in this process; its exit status."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended:
+        patch.setattr(sys, "argv", [f"{main.__module__}.py", *map(str, arguments)])
+        cli(main)
+    return int(ended.value.code or 0)
 
 
 @contextlib.contextmanager

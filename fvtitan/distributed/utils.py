@@ -211,12 +211,11 @@ def on_every_rank(action: Callable[[], Any]) -> list[Any]:
         result = action()
     except Exception as error:
         failure = error
-    if not dist.is_initialized():
-        outcomes = [(failure, result)]
-    else:
+    outcomes: list[Any] = [(failure, result)]
+    if dist.is_initialized() and dist.get_world_size() > 1:
         known = failure is None or isinstance(failure, UserError)
         told = failure if known else RuntimeError(f"rank {dist.get_rank()}: {type(failure).__name__}: {failure}")
-        outcomes: list[Any] = [None] * dist.get_world_size()
+        outcomes *= dist.get_world_size()
         dist.all_gather_object(outcomes, (told, result))
     for error in [failure, *(other for other, _ in outcomes)]:
         if error is not None:

@@ -225,7 +225,14 @@ def fill_in_step(patch: pytest.MonkeyPatch, folder: Path, sizes: dict[int, int |
     patch.setattr(FineTuneMethod, "single_train_step", single_train_step)
 
 
-@pytest.mark.parametrize("free", [0, 500_000, 1_640_000], ids=["not a byte", "it is foreseen", "in a shard"])
+@pytest.mark.parametrize(
+    "free",
+    [
+        pytest.param(0, id="not a byte", marks=pytest.mark.slow),
+        pytest.param(500_000, id="it is foreseen"),
+        pytest.param(1_640_000, id="in a shard"),
+    ],
+)
 def test_a_full_disk_ends_the_run_with_its_own_status(arguments, tmp_path, whole, mount, monkeypatch, capfd, free):
     """Fault 14. The tensors of a checkpoint take 1.4 MB, its files 1.8."""
     run = tmp_path / "run"
@@ -247,7 +254,7 @@ def test_a_full_disk_ends_the_run_with_its_own_status(arguments, tmp_path, whole
     assert_as_if_nothing_had_been(run, whole)
 
 
-@pytest.mark.parametrize("mode", ["disabled", "async"])
+@pytest.mark.parametrize("mode", ["disabled", pytest.param("async", marks=pytest.mark.slow)])
 def test_training_may_go_on_without_a_save(arguments, tmp_path, whole, mount, monkeypatch, capsys, mode):
     """Fault 14. The next save is a good one when there is room; without it the run fails in the end."""
     run = tmp_path / "run"

@@ -23,8 +23,8 @@ from fvtitan.data import moving_shapes as ms
 from fvtitan.data.dataloader import BatchStream
 from fvtitan.data.latent_cache import LatentCache
 from fvtitan.data.video import write_video
-from fvtitan.errors import UserError, cli
-from tests.helpers import ROOT
+from fvtitan.errors import UserError
+from tests.helpers import ROOT, run_program
 from tests.integration import exact_worker
 
 SIZE = {"width": 32, "height": 32, "num_frames": 5}
@@ -147,8 +147,7 @@ def test_batches_of_prompts(prompt_cache):
 
 def program(folder: Path, *, arguments: list[str]) -> None:
     """`fvtitan.preprocess` in this process; the folder is that of its output."""
-    sys.argv = ["preprocess.py", *arguments]
-    cli(pp.main)
+    sys.exit(run_program(pp.main, *arguments))
 
 
 def test_two_ranks_make_the_same_cache(either, tmp_path):
@@ -540,7 +539,7 @@ def test_files_that_are_no_prompts(tmp_path):
     assert not (tmp_path / "c").exists()
 
 
-def test_program_errors_are_one_line(videos, prompts, tmp_path, monkeypatch, capsys):
+def test_program_errors_are_one_line(videos, prompts, tmp_path, capsys):
     useless = ["--width", "832", "--max-frames", "7"]  # also where they repeat the default
     for source, extra, message in (
         (videos, ["--num-frames", "6"], "--num-frames 6: must be 4n + 1; nearest: 5 or 9"),
@@ -548,11 +547,8 @@ def test_program_errors_are_one_line(videos, prompts, tmp_path, monkeypatch, cap
         (videos, ["--model", "nowhere"], "'nowhere' is neither"),
         (prompts, useless, "--width, --max-frames: for --data only, a cache of --prompts has no clips: leave out"),
     ):
-        monkeypatch.setattr(sys, "argv", ["preprocess.py", *arguments_of(source, tmp_path / "c"), *extra])
-        with pytest.raises(SystemExit) as exit_:
-            cli(pp.main)
-        error = capsys.readouterr().err
-        assert exit_.value.code == 2 and message in error and error.count("\n") == 1, error
+        status, error = run_program(pp.main, *arguments_of(source, tmp_path / "c"), *extra), capsys.readouterr().err
+        assert status == 2 and message in error and error.count("\n") == 1, error
 
 
 def test_help_names_every_option():

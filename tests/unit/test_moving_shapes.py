@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from collections import Counter
 
@@ -13,6 +12,7 @@ import torch
 from fvtitan.data import moving_shapes as ms
 from fvtitan.data.video import read_all_frames, write_video
 from fvtitan.errors import UserError
+from tests.helpers import run_program
 
 
 def test_captions_say_everything():
@@ -183,15 +183,13 @@ def test_a_half_rendered_set_is_finished_and_a_foreign_one_refused(tmp_path):
         ms.render_dataset(tmp_path / "mine", 7)
 
 
-def test_programs(tmp_path):
-    program = [sys.executable, "-m", "fvtitan.data.moving_shapes"]
-    render = [*program, "render", "--output", str(tmp_path / "v"), "--num-clips", "3"]
-    assert subprocess.run(render, capture_output=True).returncode == 0
-    done = subprocess.run([*program, "judge", "--videos", str(tmp_path / "v")], capture_output=True, text=True)
-    assert done.returncode == 0 and "colour             1.000   0.167" in done.stdout, done.stdout
+def test_programs(tmp_path, capsys):
+    assert run_program(ms.main, "render", "--output", tmp_path / "v", "--num-clips", 3) == 0
+    assert run_program(ms.main, "judge", "--videos", tmp_path / "v") == 0
+    assert "colour             1.000   0.167" in capsys.readouterr().out
     (tmp_path / "empty").mkdir()
-    done = subprocess.run([*program, "judge", "--videos", str(tmp_path / "empty")], capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.startswith("error: ")
+    assert run_program(ms.main, "judge", "--videos", tmp_path / "empty") == 2
+    assert capsys.readouterr().err.startswith("error: ")
 
 
 def test_program_errors_are_one_line(tmp_path, monkeypatch):
