@@ -188,21 +188,6 @@ def _reduced(values: dict[str, Tensor | float], device: torch.device, op: dist.R
     return dict(zip([*numbers, *tensors], stacked.tolist(), strict=True))
 
 
-def on_rank_zero(action: Callable[[], Any]) -> Any:
-    """What `action` returns on rank 0, or the `UserError` it raises there, on every rank."""
-    outcome: list[Any] = [None, ""]
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        try:
-            outcome[0] = action()
-        except UserError as error:
-            outcome[1] = str(error)
-    if dist.is_initialized():
-        dist.broadcast_object_list(outcome)
-    if outcome[1]:
-        raise UserError(outcome[1])
-    return outcome[0]
-
-
 def on_every_rank(action: Callable[[], Any]) -> list[Any]:
     """What `action` returns on each rank, in their order. The error of one is raised on all: a `UserError` as it is, others
     elsewhere than where they happened as a RuntimeError of the same text. Without a process group: of this process."""
@@ -221,6 +206,21 @@ def on_every_rank(action: Callable[[], Any]) -> list[Any]:
         if error is not None:
             raise error
     return [other for _, other in outcomes]
+
+
+def on_rank_zero(action: Callable[[], Any]) -> Any:
+    """What `action` returns on rank 0, or the `UserError` it raises there, on every rank."""
+    outcome: list[Any] = [None, ""]
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        try:
+            outcome[0] = action()
+        except UserError as error:
+            outcome[1] = str(error)
+    if dist.is_initialized():
+        dist.broadcast_object_list(outcome)
+    if outcome[1]:
+        raise UserError(outcome[1])
+    return outcome[0]
 
 
 def log(message: str) -> None:
