@@ -279,7 +279,7 @@ def copied_tree(folder: Path) -> Path:
     return folder
 
 
-def run(command: str, tree: Path, timeout: float) -> str:
+def start(command: str, tree: Path, timeout: float) -> str:
     """Its output; fails with its end when the exit status is not 0."""
     search = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment = {**os.environ, "PATH": search, "HF_HUB_OFFLINE": "1"}  # offline after the installation
@@ -322,15 +322,15 @@ def as_program(words: list[str], tree: Path, log: Path) -> None:
     runpy.run_module(words[0], run_name="__main__", alter_sys=True)
 
 
-def run_small(command: str, tree: Path) -> str:
-    """As `run`, of a program of ours in a process that is forked instead of started."""
+def run(command: str, tree: Path, timeout: float) -> str:
+    """As `start`, but a program of ours is forked from a process that is ready."""
     words = shlex.split(command)
     if words[:2] != ["python", "-m"]:
-        return run(command, tree, timeout=900)
+        return start(command, tree, timeout)
     log = tree / "program.log"
     process = forkserver.Process(target=as_program, args=(words[2:], tree, log))
     process.start()
-    process.join(900)
+    process.join(timeout)
     process.kill()
     text = log.read_text(errors="replace")
     assert process.exitcode == 0, f"{command}\n{text[-3000:]}"
@@ -364,7 +364,7 @@ def test_small(command, tree, trained, monkeypatch):
         return
     if command not in TRAIN:
         rename_last_steps(command, tree)
-        run_small(f"{command} {smaller}", tree)
+        run(f"{command} {smaller}", tree, timeout=900)
         return
     cfg = Training.parse(command).config(monkeypatch, *smaller.split())
     rename_last_steps(" ".join(model.init_from for model in cfg.models.values()), tree)
@@ -388,7 +388,7 @@ def full_tree(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("command", RUN, ids=lambda command: command[:80])
 def test_in_full(command, full_tree):
-    text = run(command, full_tree, timeout=4 * 3600)
+    text = start(command, full_tree, timeout=4 * 3600)
     if command in TRAIN:
         assert "finished" in text
     if command == TRAIN[0]:
