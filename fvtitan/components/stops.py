@@ -135,10 +135,10 @@ class Stops:
             os.pwrite(
                 self._lock, f"pid {os.getpid()} on host {socket.gethostname()} since {self._started}\n".encode(), 0
             )
-            for path in [self.folder / name for name in _FILES]:
-                if path.exists() and not _asks_this_run(path):
-                    path.unlink()
-                    lines.append(f"removed {path}: it asked an earlier run")
+            for name in _FILES:
+                if (self.folder / name).exists() and not _asks_this_run(self.folder / name):
+                    (self.folder / name).unlink()
+                    lines.append(f"removed {self.folder / name}: it asked an earlier run")
         except OSError as error:
             raise UserError(f"job.dump_folder = {str(self.folder)!r} cannot be used: {error.strerror}") from None
         if (before := read_status(self.folder)).get("state") == "running":
