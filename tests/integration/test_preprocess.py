@@ -145,15 +145,15 @@ def test_batches_of_prompts(prompt_cache):
     assert sorted(i for batch in batches for i in batch["sample_indices"].tolist()) == list(range(1292))
 
 
-def program(folder: Path, *, arguments: list[str]) -> None:
+def program(folder: Path, *, words: list[str]) -> None:
     """`fvtitan.preprocess` in this process; the folder is that of its output."""
-    sys.exit(run_program(pp.main, *arguments))
+    sys.exit(run_program(pp.main, *words))
 
 
 def test_two_ranks_make_the_same_cache(either, tmp_path):
     source, cache = either
-    arguments = arguments_of(source, tmp_path / "cache")
-    status = exact_worker.launch(2, [], tmp_path / "logs", watcher=program, arguments=arguments)
+    words = arguments_of(source, tmp_path / "cache")
+    status = exact_worker.launch(2, [], tmp_path / "logs", watcher=program, words=words)
     assert status == [0, 0], exact_worker.output(tmp_path / "logs")
     assert content(tmp_path / "cache") == content(cache)
 
