@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.distributed.elastic.multiprocessing.errors import record
 
 import fvtitan
 from fvtitan.components import faults
@@ -48,7 +47,6 @@ from fvtitan.models import build_roles
 from fvtitan.models.wan.attention import pinned_kernels
 
 
-@record  # the first rank's traceback for torchrun, when it asks for one
 def main() -> int:
     # ------------------------------------------------------------------------------------------ configuration
     cfg = load_config(sys.argv[1:])

@@ -26,6 +26,7 @@ from fvtitan.components.ema import EMAConfig
 from fvtitan.components.lora import LoRAConfig
 from fvtitan.components.lr_scheduler import LRSchedulerConfig
 from fvtitan.components.optimizer import OptimizerConfig
+from fvtitan.components.resume import flattened
 from fvtitan.distributed.sequence_parallel import divisors
 from fvtitan.distributed.utils import CommConfig, world_size_from_environment
 from fvtitan.errors import UserError, cli, did_you_mean, redacted, shortened
@@ -524,6 +525,7 @@ class JobConfig:
     def check(self) -> None:
         """Everything that can be known before any work. Raises `UserError` at the first problem."""
         _check_numbers(dataclasses.asdict(self))
+        _check_redacted(dataclasses.asdict(self))
         for section in (
             "schedule",
             "data",
@@ -666,6 +668,17 @@ def _check_numbers(tree: Any, key: str = "") -> None:
         _require(math.isfinite(tree), f"{key} = {tree}: must be a finite number")
     elif isinstance(tree, int):
         _require(-(2**63) <= tree < 2**63, f"{key} is an integer of more than 64 bits")
+
+
+def _check_redacted(tree: dict[str, Any]) -> None:
+    """Raise `UserError` for a value that `to_toml` would write with `***` in it: reading it back would give another."""
+    for key, value in flattened(tree).items():
+        for text in value if isinstance(value, list | tuple) else (value,):
+            if isinstance(text, str) and key != "job.description" and (written := redacted(text)) != text:
+                raise UserError(
+                    f"{key} = {written!r}: *** is the value of an environment variable whose name says key, token, secret or "
+                    "password, which no file of a run may hold: use another value, or unset the variable"
+                )
 
 
 def _dotted(key: str, name: str) -> str:

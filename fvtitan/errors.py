@@ -10,6 +10,7 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from types import TracebackType
 
 _SECRET = re.compile("KEY|TOKEN|SECRET|PASSWORD")  # in an environment variable's name
@@ -71,16 +72,33 @@ def shortened(text: object, limit: int = 200) -> str:
 
 def cli(main: Callable[[], int | None]) -> None:
     """Run a program's `main`: an error that has an exit status (`UserError`: 2) becomes one line on stderr; a full disk ends
-    with 74; other exceptions propagate. None is printed with a secret in it."""
+    with 74; other exceptions propagate, and torchrun shows that of the rank that failed first. None is printed with a secret
+    in it."""
     sys.excepthook = _print_exception
     try:
         status = main()
     except Exception as error:
         if hasattr(error, "exit_status"):
             print(f"error: {redacted(str(error))}", file=sys.stderr)
-        elif is_disk_full(error):
-            _print_exception(type(error), error, error.__traceback__)
         else:
-            raise
+            _tell_torchrun(error)
+            if not is_disk_full(error):
+                raise
+            _print_exception(type(error), error, error.__traceback__)
         status = exit_status(error)
     sys.exit(status or 0)
+
+
+def _tell_torchrun(error: Exception) -> None:
+    """Write the error that is being handled where torchrun expects it, if torchrun has started this process."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if not path:
+        return
+    from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+    try:
+        get_error_handler().record_exception(error)
+        told = Path(path).read_text()
+        Path(path).write_text(redacted(told))
+    except OSError as failed:  # the error itself is the one to see
+        print(f"WARNING: {path} cannot be written: {failed.strerror}", file=sys.stderr)

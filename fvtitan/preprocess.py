@@ -37,6 +37,7 @@ from safetensors import SafetensorError, safe_open
 
 from fvtitan.components.files import file_sha256, write_atomic
 from fvtitan.components.progress import Progress
+from fvtitan.components.resume import flattened
 from fvtitan.data.clips import Bucket, parse_buckets, plan_clip
 from fvtitan.data.latent_cache import FORMAT_VERSION, fingerprint, read_jsonl, shard_bytes, stack_text, text_key
 from fvtitan.data.listing import (
@@ -185,17 +186,9 @@ def _size(cfg: PreprocessConfig) -> dict[str, Any]:
     return (one if len(sizes) == 1 else {"buckets": [str(bucket) for bucket in sizes]}) | {"fps": cfg.fps} | spans
 
 
-def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(tree, dict):
-        return {prefix: tree}
-    return {
-        k: v for key, value in tree.items() for k, v in _flatten(value, f"{prefix}.{key}" if prefix else key).items()
-    }
-
-
 def _difference(recorded: dict[str, Any], wanted: dict[str, Any]) -> str:
     """The first thing in which two contracts differ, in words; empty when they are the same."""
-    old, new = _flatten(recorded), _flatten(wanted)
+    old, new = flattened(recorded), flattened(wanted)
     for source in SOURCES:
         if source in old and source not in new:
             return f"it was made with --{source}"

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
 import runpy
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import pytest
 import tomli_w
 import torch
 
 from fvtitan.components.rng import generator
 from fvtitan.config import JobConfig, RoleConfig, load_config
 from fvtitan.data.latent_cache import FORMAT_VERSION, fingerprint, shard_bytes, stack_text, text_key
+from fvtitan.errors import cli
 from fvtitan.flow_matching import ScheduleConfig
 from fvtitan.models.wan.model import WanCausalModel, WanModel
 from fvtitan.models.wan.transformer import WanConfig, WanTransformer, init_parameter
+from fvtitan.models.wan.weights import save_transformer
 
 ROOT = Path(__file__).parents[1]
 GEOMETRY = {"num_frames": 9, "height": 32, "width": 32, "fps": 16}
@@ -131,6 +137,19 @@ def small_arguments(cache: Path, dump_folder: Path, **overrides: object) -> list
     return [word for key, value in settings.items() for word in (f"--{key.replace('__', '.')}", str(value))]
 
 
+ONE_LAYER = WanConfig(num_layers=1, num_heads=2, head_dim=32, ffn_dim=64, text_dim=64, text_len=32, freq_dim=64)
+
+
+def one_layer(folder: Path) -> dict[str, object]:
+    """Keys of `small_arguments` for a student of one layer, whose weights are written into `folder` unless they are there.
+    Its checkpoint has 1.8 MB and a quarter of the tensors of tiny's, whose saving takes most of a small run's time."""
+    start = folder / "one-layer"
+    if not start.exists():
+        save_transformer(random_transformer(ONE_LAYER).state_dict(), ONE_LAYER, start / "transformer")
+        (start / "fvtitan.json").write_text(json.dumps({"text_len": ONE_LAYER.text_len}))
+    return {"models.student.flavor": "", "models.student.init_from": start}
+
+
 def causal_recipe(folder: Path, frames_per_block: int = 1) -> Path:
     """A TOML file, written into `folder`, of a tiny causal student trained by diffusion forcing."""
     path = folder / "causal.toml"
@@ -208,6 +227,29 @@ def train(arguments: list[str]) -> int:
     finally:
         sys.argv = argv
     raise AssertionError("train.py did not exit")
+
+
+def run_program(main: Callable[[], int | None], *arguments: object) -> int:
+    """`main` of a program, as its command line runs it, in this process; its exit status."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended:
+        patch.setattr(sys, "argv", [f"{main.__module__}.py", *map(str, arguments)])
+        cli(main)
+    return int(ended.value.code or 0)
+
+
+@contextlib.contextmanager
+def stopping(method: type, step: int) -> Iterator[None]:
+    """Inside, a training in this process ends at the start of the first phase of `step`, as by Ctrl-C that nobody hears."""
+    step_of = method.single_train_step
+
+    def stops(self, batch: dict[str, Any], current: int, role: str):
+        if current == step:
+            raise KeyboardInterrupt
+        return step_of(self, batch, current, role)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(method, "single_train_step", stops)
+        yield
 
 
 def read_checkpoint(folder: Path) -> dict[str, torch.Tensor]:

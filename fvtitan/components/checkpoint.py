@@ -52,7 +52,7 @@ from fvtitan.components.stateful import (
     Stateful,
     TrainState,
 )
-from fvtitan.distributed.utils import local_tensor
+from fvtitan.distributed.utils import local_tensor, on_every_rank
 from fvtitan.errors import EXIT_DISK_FULL, UserError, is_disk_full, listed, shortened
 
 if TYPE_CHECKING:
@@ -490,29 +490,13 @@ class Checkpointer:
         """What is wrong with a checkpoint, the same on all ranks, or ""; and the names in its manifest. Collective.
         Raises `UserError` when there is none."""
         try:
-            files = self._everywhere(f"cannot read {path}", lambda: self._verify(path), share=False)
+            files = self._everywhere(
+                f"cannot read {path}", lambda: _verify(path, self.rank, self.world_size), share=False
+            )
         except DamagedCheckpoint as error:
             return str(error), set()
         self._good.add(path.resolve())
         return "", files
-
-    def _verify(self, path: Path) -> set[str]:
-        """The names in the manifest, after checking all sizes and this rank's share of the hashes."""
-        name = "manifest.json"
-        try:
-            files = _read_manifest(path)
-            for number, (name, (size, digest)) in enumerate(sorted(files.items())):
-                actual = (path / name).stat().st_size if (path / name).is_file() else None
-                if actual != size:
-                    found = "is missing" if actual is None else f"has {actual} bytes"
-                    raise DamagedCheckpoint(f"damaged checkpoint {path}: {name} {found}, written were {size}")
-                if number % self.world_size == self.rank and file_sha256(path / name) != digest:
-                    raise DamagedCheckpoint(
-                        f"damaged checkpoint {path}: {name} has changed since it was written (sha256 differs)"
-                    )
-        except OSError as error:  # a bad block
-            raise DamagedCheckpoint(f"damaged checkpoint {path}: {name}: {error.strerror}") from None
-        return set(files)
 
     def _refuse(self, path: Path, problem: str) -> NoReturn:
         """Raise `DamagedCheckpoint`, and say which of those beside it is the newest that is whole. Collective."""
@@ -732,12 +716,30 @@ def read_tensor_names(path: str | Path, prefix: str) -> list[str]:
 
 
 def verify_files(path: str | Path) -> None:
-    """Compare every file of a checkpoint with its manifest. Raises `UserError` when there is none, `DamagedCheckpoint` when a
-    file is not what was written."""
-    path = Path(path)
-    for name, (size, digest) in _read_manifest(path).items():
-        if not (path / name).is_file() or (path / name).stat().st_size != size or file_sha256(path / name) != digest:
-            raise DamagedCheckpoint(f"damaged checkpoint {path}: {name} is missing or has changed since it was written")
+    """Compare every file of a checkpoint with its manifest. All ranks of the process group, if there is one, call it, share the
+    reading, and get the same answer: `UserError` when there is no checkpoint, `DamagedCheckpoint` when a file is not what was
+    written."""
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    on_every_rank(lambda: _verify(Path(path), rank, world))
+
+
+def _verify(path: Path, rank: int, world_size: int) -> set[str]:
+    """The names in the manifest, after checking all sizes and this rank's share of the hashes."""
+    name = "manifest.json"
+    try:
+        files = _read_manifest(path)
+        for number, (name, (size, digest)) in enumerate(sorted(files.items())):
+            actual = (path / name).stat().st_size if (path / name).is_file() else None
+            if actual != size:
+                found = "is missing" if actual is None else f"has {actual} bytes"
+                raise DamagedCheckpoint(f"damaged checkpoint {path}: {name} {found}, written were {size}")
+            if number % world_size == rank and file_sha256(path / name) != digest:
+                raise DamagedCheckpoint(
+                    f"damaged checkpoint {path}: {name} has changed since it was written (sha256 differs)"
+                )
+    except OSError as error:  # a bad block
+        raise DamagedCheckpoint(f"damaged checkpoint {path}: {name}: {error.strerror}") from None
+    return set(files)
 
 
 def read_tensors(
@@ -746,7 +748,7 @@ def read_tensors(
     """The tensors of one state (`roles.student.transformer`, `ema.student`), full, by the names below `prefix`, or those of
     `names`; {} when the checkpoint holds no such state. For one process that needs no run: scoring, building, exporting.
 
-    Raises as `verify_files`, which it calls first unless the caller has done so (`verify` = False).
+    Raises as `verify_files`, which it calls first unless the caller has done so (`verify` = False): then on all ranks.
     """
     path = Path(path)
     if verify:

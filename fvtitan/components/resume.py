@@ -27,7 +27,7 @@ RUNTIME = re.compile(
 
 def changed_keys(saved: JobConfig, current: JobConfig) -> dict[str, tuple[Any, Any]]:
     """`{key: (saved, current)}` of the keys that decide what is learned and differ."""
-    before, now = _flat(dataclasses.asdict(saved)), _flat(dataclasses.asdict(current))
+    before, now = flattened(dataclasses.asdict(saved)), flattened(dataclasses.asdict(current))
     optional = saved.models.keys() ^ current.models.keys()  # a teacher whose trajectories are all made
     return {
         key: (before.get(key), now.get(key))
@@ -43,7 +43,7 @@ def check_changes(source: Path, current: JobConfig, allowed: Collection[str]) ->
     allowed key that is none."""
     from fvtitan.config import read_toml
 
-    known = _flat(dataclasses.asdict(current))
+    known = flattened(dataclasses.asdict(current))
     for key in allowed:
         if key not in known:
             raise UserError(f"checkpoint.allow_changed: {key!r} is not a key of this run.{did_you_mean(key, known)}")
@@ -59,7 +59,10 @@ def check_changes(source: Path, current: JobConfig, allowed: Collection[str]) ->
     ]
 
 
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+def flattened(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """The values of nested tables by their dotted keys."""
     if not isinstance(tree, dict):
         return {prefix: tree}
-    return {k: v for key, value in tree.items() for k, v in _flat(value, f"{prefix}.{key}" if prefix else key).items()}
+    return {
+        k: v for key, value in tree.items() for k, v in flattened(value, f"{prefix}.{key}" if prefix else key).items()
+    }

@@ -2,19 +2,18 @@
 
 <dump_folder>/lock                    held by rank 0 while the run lives; the kernel frees it when the process dies
 <dump_folder>/status.json             state (running, finished, stopped, failed), step, reason, exit_code, started, updated
-<dump_folder>/stop, save, validate    made by hand: asks for that at the end of the next step, and is removed
+<dump_folder>/stop, save, validate    made by hand: asks for that at the end of the next step, and is removed; one that is
+                                      older than the run asked an earlier run
 """
 
 from __future__ import annotations
 
-import ctypes
 import datetime
 import json
 import os
 import select
 import signal
 import socket
-import sys
 import threading
 import time
 import weakref
@@ -28,6 +27,7 @@ import torch
 import torch.distributed as dist
 
 from fvtitan.components.files import lock_file, write_atomic
+from fvtitan.components.processes import end_with_parent, process_start
 from fvtitan.distributed.utils import log, on_rank_zero
 from fvtitan.errors import UserError, exit_status, redacted
 
@@ -40,7 +40,6 @@ _FILES = ("stop", "save", "validate")
 _REASONS = ("", "the file stop", "SIGINT", "SIGUSR1", "SIGTERM")  # by the number that travels
 _SIGNALS = {getattr(signal, name): name for name in _REASONS if name.startswith("SIG")}
 _STATUS_SECONDS = 10.0  # how old the step in it may be while the run lives
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 @dataclass(frozen=True)
@@ -93,7 +92,8 @@ class Stops:
         self._before = {number: signal.signal(number, lambda *_: None) for number in _SIGNALS}
         self._listener = threading.Thread(target=self._listen, name="stops", daemon=True)
         self._listener.start()
-        _end_with_torchrun()
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            end_with_parent(signal.SIGTERM)  # a rank whose torchrun was killed would train on, and write, unseen
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
@@ -126,7 +126,7 @@ class Stops:
             if unlocked:
                 lines.append(f"WARNING: {self.folder} cannot be locked ({unlocked}): see that one run writes there")
             for name in _FILES:
-                if (self.folder / name).exists():
+                if (self.folder / name).exists() and not _asks_this_run(self.folder / name):
                     (self.folder / name).unlink()
                     lines.append(f"removed {self.folder / name}: it asked an earlier run")
         except OSError as error:
@@ -254,15 +254,16 @@ def read_status(folder: str | Path) -> dict[str, Any]:
         return {}
 
 
+def _asks_this_run(path: Path) -> bool:
+    """Whether a file is meant for this run although it was there first: it came after the process, or run_slurm.sh, which
+    begins earlier, has written this job's name into it."""
+    job = os.environ.get("RDZV_ID", "")
+    return path.stat().st_mtime >= process_start() or (job != "" and path.read_bytes().strip() == job.encode())
+
+
 def _one_line(reason: str) -> str:
     return (redacted(reason).strip().splitlines() or [""])[0][:500]
 
 
 def _now() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-
-
-def _end_with_torchrun() -> None:
-    """A rank whose torchrun was killed gets SIGTERM; it would train on, and write, unseen. Linux only."""
-    if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

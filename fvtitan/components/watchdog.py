@@ -62,6 +62,8 @@ class Watchdog:
         self._store = dist.PrefixStore("watchdog", store)
         self.folder.mkdir(parents=True, exist_ok=True)
         self._stacks = open(self.folder / f"stacks.rank{self.rank}.txt", "ab", buffering=0)
+        if not faulthandler.is_enabled():
+            faulthandler.enable(2)  # a crash in C says where Python was
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
         return self

@@ -6,14 +6,12 @@ Files from outside are read `Isolated`: in a process that ends when the decoder 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import dataclasses
 import json
 import math
 import multiprocessing
 import os
 import signal
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -26,6 +24,7 @@ import torch
 from torch import Tensor
 
 from fvtitan.components.files import fsync_path
+from fvtitan.components.processes import end_with_parent
 from fvtitan.errors import UserError
 
 # Containers that are read; playlists and the like could point to other files.
@@ -34,7 +33,6 @@ FORMATS = "mov,mp4,matroska,webm,avi,mpegts,mpeg,flv,ogg,asf,gif"
 UNTIMED, INDEXED = ("avi",), ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")
 # Seconds. Matroska rounds time stamps to milliseconds, that of the first frame too.
 TIME_TOLERANCE = 1.1e-3
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 class VideoError(Exception):
@@ -404,8 +402,7 @@ class Isolated:
         """In the process of its own. Answers are JSON and the frames' bytes: what a decoder has touched is not unpickled."""
         other_end.close()
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the parent ends this process
-        if sys.platform == "linux":
-            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        end_with_parent(signal.SIGKILL)
         while True:
             try:
                 path, options = json.loads(pipe.recv_bytes())

@@ -189,6 +189,26 @@ def _reduced(values: dict[str, Tensor | float], device: torch.device, op: dist.R
     return dict(zip([*numbers, *tensors], stacked.tolist(), strict=True))
 
 
+def on_every_rank(action: Callable[[], Any]) -> list[Any]:
+    """What `action` returns on each rank, in their order. The error of one is raised on all: a `UserError` as it is, others
+    elsewhere than where they happened as a RuntimeError of the same text. Without a process group: of this process."""
+    result = failure = None
+    try:
+        result = action()
+    except Exception as error:
+        failure = error
+    outcomes: list[Any] = [(failure, result)]
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        known = failure is None or isinstance(failure, UserError)
+        told = failure if known else RuntimeError(f"rank {dist.get_rank()}: {type(failure).__name__}: {failure}")
+        outcomes *= dist.get_world_size()
+        dist.all_gather_object(outcomes, (told, result))
+    for error in [failure, *(other for other, _ in outcomes)]:
+        if error is not None:
+            raise error
+    return [other for _, other in outcomes]
+
+
 def on_rank_zero(action: Callable[[], Any]) -> Any:
     """What `action` returns on rank 0, or the `UserError` it raises there, on every rank."""
     outcome: list[Any] = [None, ""]

@@ -17,9 +17,9 @@ from fvtitan.components.checkpoint import Checkpointer
 from fvtitan.distributed import utils
 
 
-def kill_oneself(folder: Path, *, victim: int = -1, event: int = 0, delay: float = 0.0) -> None:
+def kill_oneself(folder: Path, *, victim: int = -1, point: str = "", number: int = 0, delay: float = 0.0) -> None:
     """`events.rank<r>` gets a line, time and name, at each point of `faults` that the rank reaches, and in its start-up.
-    Rank `victim` kills itself `delay` seconds after its `event`-th, counted from 1."""
+    Rank `victim` kills itself when it is at `point` (any, if empty) for the `number`-th time, or `delay` seconds after."""
     rank = int(os.environ["RANK"])
     seen = 0
     lines = open(folder / f"events.rank{rank}", "w", buffering=1)
@@ -27,8 +27,8 @@ def kill_oneself(folder: Path, *, victim: int = -1, event: int = 0, delay: float
     def reached(name: str) -> None:
         nonlocal seen
         lines.write(f"{time.monotonic()} {name}\n")
-        seen += 1
-        if (rank, seen) != (victim, event):
+        seen += point in ("", name)
+        if (rank, seen) != (victim, number) or point not in ("", name):
             return
         if not delay:
             os.kill(os.getpid(), signal.SIGKILL)

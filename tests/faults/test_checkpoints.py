@@ -5,7 +5,6 @@ Training is tiny: 4 steps, a checkpoint after each.
 
 from __future__ import annotations
 
-import json
 import os
 import resource
 import shutil
@@ -25,14 +24,12 @@ from fvtitan.components.metrics import read_metrics
 from fvtitan.components.stops import read_status
 from fvtitan.errors import EXIT_DISK_FULL, cli
 from fvtitan.methods.finetune import FineTuneMethod
-from fvtitan.models.wan import weights
-from fvtitan.models.wan.transformer import WanConfig
 from tests.helpers import (
     ROOT,
     causal_recipe,
     dmd2_recipe,
     make_cache,
-    random_transformer,
+    one_layer,
     self_forcing_recipe,
     small_arguments,
     train,
@@ -41,7 +38,6 @@ from tests.integration.exact_worker import launch, output
 from tests.integration.test_train import assert_same_checkpoint, training_values
 
 STEPS = 4
-SIZES = WanConfig(num_layers=1, num_heads=2, head_dim=32, ffn_dim=64, text_dim=64, text_len=32, freq_dim=64)
 
 
 @pytest.fixture(scope="module")
@@ -50,22 +46,11 @@ def cache(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def start(tmp_path_factory):
-    """Initial weights, few of them: 1.8 MB a checkpoint."""
-    folder = tmp_path_factory.mktemp("start")
-    weights.save_transformer(random_transformer(SIZES).state_dict(), SIZES, folder / "transformer")
-    (folder / "fvtitan.json").write_text(json.dumps({"text_len": SIZES.text_len}))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def arguments(cache, start):
+def arguments(cache):
     def arguments_of(folder: Path, **keys: Any) -> list[str]:
         settings = {"training__steps": STEPS, "training__global_batch_size": 4, "checkpoint__interval": 1}
         settings |= {"lr_scheduler__decay_type": "constant", **keys}  # a shorter run takes the same steps
-        return small_arguments(
-            cache, folder, **{"models.student.flavor": "", "models.student.init_from": start, **settings}
-        )
+        return small_arguments(cache, folder, **{**one_layer(cache.parent), **settings})
 
     return arguments_of
 
@@ -240,7 +225,14 @@ def fill_in_step(patch: pytest.MonkeyPatch, folder: Path, sizes: dict[int, int |
     patch.setattr(FineTuneMethod, "single_train_step", single_train_step)
 
 
-@pytest.mark.parametrize("free", [0, 500_000, 1_640_000], ids=["not a byte", "it is foreseen", "in a shard"])
+@pytest.mark.parametrize(
+    "free",
+    [
+        pytest.param(0, id="not a byte", marks=pytest.mark.slow),
+        pytest.param(500_000, id="it is foreseen"),
+        pytest.param(1_640_000, id="in a shard"),
+    ],
+)
 def test_a_full_disk_ends_the_run_with_its_own_status(arguments, tmp_path, whole, mount, monkeypatch, capfd, free):
     """Fault 14. The tensors of a checkpoint take 1.4 MB, its files 1.8."""
     run = tmp_path / "run"
@@ -262,7 +254,7 @@ def test_a_full_disk_ends_the_run_with_its_own_status(arguments, tmp_path, whole
     assert_as_if_nothing_had_been(run, whole)
 
 
-@pytest.mark.parametrize("mode", ["disabled", "async"])
+@pytest.mark.parametrize("mode", ["disabled", pytest.param("async", marks=pytest.mark.slow)])
 def test_training_may_go_on_without_a_save(arguments, tmp_path, whole, mount, monkeypatch, capsys, mode):
     """Fault 14. The next save is a good one when there is room; without it the run fails in the end."""
     run = tmp_path / "run"

@@ -20,7 +20,7 @@ from fvtitan.distributed.utils import _record_collectives
 from fvtitan.methods.dmd2 import DMD2Method
 from tests.faults.test_numbers import expect_faults
 from tests.faults.test_stops import alive, torchrun, wait_for
-from tests.helpers import dmd2_recipe, make_cache, small_arguments, train
+from tests.helpers import dmd2_recipe, make_cache, one_layer, small_arguments, train
 from tests.integration.exact_worker import launch, output
 from tests.integration.test_train import assert_same_checkpoint
 
@@ -35,6 +35,8 @@ def cache(tmp_path_factory):
 
 def arguments_of(cache: Path, folder: Path, **keys: Any) -> list[str]:
     keys = {"training__steps": 4, "training__global_batch_size": 4, "checkpoint__interval": 1, **keys}
+    if "job__config_file" not in keys:
+        keys |= one_layer(cache.parent)
     return small_arguments(cache, folder / "run", **{"comm__timeout_seconds": TIMEOUT, **keys})
 
 

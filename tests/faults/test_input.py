@@ -25,7 +25,7 @@ from fvtitan.data.dataloader import BatchStream
 from fvtitan.data.latent_cache import LatentCache, read_jsonl, shard_bytes
 from fvtitan.data.video import VideoLimits
 from fvtitan.errors import UserError
-from tests.helpers import make_cache, small_arguments, train
+from tests.helpers import make_cache, one_layer, small_arguments, train
 from tests.integration.exact_worker import launch, output
 
 SHARD = "shard-00000.safetensors"
@@ -51,7 +51,8 @@ def arm(monkeypatch):
 
 
 def arguments_of(cache: Path, folder: Path, **keys: Any) -> list[str]:
-    return small_arguments(cache, folder, **{"training__steps": 2, "ema__enable": False, **keys})
+    keys = {**one_layer(cache.parent), "training__steps": 2, "ema__enable": False, **keys}
+    return small_arguments(cache, folder, **keys)
 
 
 def one_line_error(capsys: pytest.CaptureFixture) -> str:

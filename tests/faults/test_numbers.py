@@ -15,7 +15,15 @@ from fvtitan.components.checkpoint import Checkpointer
 from fvtitan.components.metrics import MetricLogger, read_metrics
 from fvtitan.components.spikes import READINGS, WINDOW
 from fvtitan.components.stops import read_status
-from tests.helpers import dmd2_recipe, make_cache, read_checkpoint, self_forcing_recipe, small_arguments, train
+from tests.helpers import (
+    dmd2_recipe,
+    make_cache,
+    one_layer,
+    read_checkpoint,
+    self_forcing_recipe,
+    small_arguments,
+    train,
+)
 from tests.integration.exact_worker import launch, output
 from tests.integration.test_train import assert_same_checkpoint, training_values
 
@@ -46,6 +54,8 @@ def arguments_of(cache: Path, folder: Path, **keys: Any) -> list[str]:
         "checkpoint__keep_latest_k": 0,
         **keys,
     }
+    if "job__config_file" not in keys:
+        keys |= one_layer(cache.parent)
     return small_arguments(cache, folder / "run", **keys)
 
 

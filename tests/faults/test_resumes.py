@@ -93,7 +93,10 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("change", CHANGES)
+QUICK = ("learning rate", "method", "seed", "global batch", "dataset")
+
+
+@pytest.mark.parametrize("change", [pytest.param(c, marks=[] if c in QUICK else [pytest.mark.slow]) for c in CHANGES])
 def test_what_is_learned_stays(cache, resume, tmp_path, capsys, change):
     """Fault 19. One line that names every key that differs, with both values, and the way out; nothing is touched."""
     make, words = CHANGES[change]

@@ -15,11 +15,12 @@ from typing import Any
 
 import pytest
 
+from fvtitan.components.processes import process_start
 from fvtitan.components.stops import EXIT_STOPPED, SAME_SIGNAL_SECONDS, Stops, read_status
 from fvtitan.errors import UserError
 from fvtitan.methods.finetune import FineTuneMethod
 from tests.faults.stops_worker import wait_in_steps
-from tests.helpers import ROOT, make_cache, small_arguments, train
+from tests.helpers import ROOT, make_cache, one_layer, small_arguments, train
 from tests.integration.exact_worker import launch, output, start
 from tests.integration.test_train import assert_same_checkpoint, training_values
 
@@ -35,7 +36,7 @@ def cache(tmp_path_factory):
 def arguments_of(cache: Path, folder: Path, **keys: Any) -> list[str]:
     """Saved only when asked, and after the last step."""
     keys = {"training__steps": STEPS, "training__global_batch_size": 4, "checkpoint__interval": 100, **keys}
-    return small_arguments(cache, folder / "run", **keys)
+    return small_arguments(cache, folder / "run", **{**one_layer(cache.parent), **keys})
 
 
 @pytest.fixture(scope="module")
@@ -214,6 +215,35 @@ def test_after_the_last_step_a_run_is_finished_not_stopped(tmp_path, single_proc
     assert not (tmp_path / "stop").exists()
 
 
+@pytest.mark.parametrize(
+    ("content", "old", "stops_it"),
+    [("", False, True), ("", True, False), ("8612345.1\n", True, True), ("8612345.0\n", True, False)],
+)
+def test_a_stop_during_set_up_holds(tmp_path, single_process_group, monkeypatch, content, old, stops_it):
+    """One that came after this process began, or from this job's script, which had begun before it. No other does."""
+    monkeypatch.setenv("RDZV_ID", "8612345.1")
+    (tmp_path / "stop").write_text(content)
+    if old:
+        before = process_start() - 1
+        os.utime(tmp_path / "stop", (before, before))
+    with Stops(tmp_path, 100) as stops:
+        assert (tmp_path / "stop").exists() == stops_it
+        stops.begin_step()
+        assert stops.end_step(1, last=False).stop == ("the file stop" if stops_it else "")
+    assert not (tmp_path / "stop").exists()
+
+
+def test_when_this_process_began():
+    assert 0 <= time.time() - process_start() - time.process_time() < 100_000
+    reading, writing = os.pipe()
+    before = time.time()
+    if (child := os.fork()) == 0:
+        os.write(writing, str(process_start()).encode())
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert before - 0.02 <= float(os.read(reading, 100)) <= time.time()
+
+
 BUSY = {
     "save.before_manifest step=2": {},
     "validation step=2": {"validation__enable": True, "validation__num_prompts": 1, "validation__sampling_steps": 1},
@@ -250,7 +280,8 @@ def test_files_save_validate_and_stop(cache, tmp_path):
     arguments = arguments_of(cache, tmp_path, **keys, validation__sampling_steps=1)
     run = tmp_path / "run"
     run.mkdir()
-    (run / "stop").touch()  # from before
+    (run / "stop").touch()
+    os.utime(run / "stop", (1e9, 1e9))  # from before
     with running(2, arguments, tmp_path, hold=(1, 2, 3), only_rank=0) as job:
         for step, name in enumerate(("save", "validate", "stop"), 1):
             job.holding(step, 0)

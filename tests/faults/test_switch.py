@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
 from fvtitan.components import faults
 from fvtitan.errors import UserError
-from tests.helpers import ROOT, small_arguments
+from tests.helpers import small_arguments, train
 
 
 @pytest.fixture
@@ -20,18 +16,12 @@ def arm():
     faults.arm({})
 
 
-def test_outside_of_tests_a_run_with_faults_does_not_start(tmp_path):
-    environment = {**os.environ, "FVTITAN_FAULTS": "kill step step=1"}
-    environment.pop("FVTITAN_TEST", None)
-    done = subprocess.run(
-        [sys.executable, "train.py", *small_arguments(tmp_path, tmp_path / "run")],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 2
-    assert "FVTITAN_FAULTS = 'kill step step=1'" in done.stderr and "FVTITAN_TEST=1" in done.stderr
+def test_outside_of_tests_a_run_with_faults_does_not_start(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("FVTITAN_FAULTS", "kill step step=1")
+    monkeypatch.delenv("FVTITAN_TEST", raising=False)
+    assert train(small_arguments(tmp_path, tmp_path / "run")) == 2
+    error = capsys.readouterr().err
+    assert "FVTITAN_FAULTS = 'kill step step=1'" in error and "FVTITAN_TEST=1" in error
     assert not (tmp_path / "run").exists()
 
 

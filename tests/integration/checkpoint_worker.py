@@ -122,6 +122,14 @@ def fail(folder: Path) -> dict:
         content[-1] ^= 1
         shard.write_bytes(content)
     dist.barrier()
+    hashed: list[str] = []
+    sha256 = checkpoint.file_sha256
+    checkpoint.file_sha256 = lambda path: hashed.append(path.name) or sha256(path)
+    try:
+        checkpoint.verify_files(checkpointer.path(1))
+    except DamagedCheckpoint as error:
+        verified = (str(error), hashed)
+    checkpoint.file_sha256 = sha256
     before = digest(net, optimizer)
     for step, kind in ((1, DamagedCheckpoint), (4, UserError)):
         try:
@@ -149,8 +157,8 @@ def fail(folder: Path) -> dict:
         checkpointer.save(step, states)
     checkpointer.load(1, states)
     everyone = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, seen)
-    return {"errors": everyone}
+    dist.all_gather_object(everyone, (seen, verified))
+    return {"errors": [errors for errors, _ in everyone], "verified": [outcome for _, outcome in everyone]}
 
 
 def main() -> None:

@@ -42,6 +42,9 @@ def test_two_one_two_ranks_and_errors(tmp_path):
     assert errors[0] == errors[1] and len(errors[0]) == 5
     assert "(rank 1): No space left on device" in errors[0][0] and "bytes needed" in errors[0][0]
     assert "__1_0.distcp has changed since it was written" in errors[0][1]
+    (told, by_rank_0), (also_told, by_rank_1) = first["verified"]  # outside of a run
+    assert told == also_told and "__1_0.distcp has changed since it was written" in told
+    assert by_rank_0 and by_rank_1 and not set(by_rank_0) & set(by_rank_1)
     assert "there is no checkpoint" in errors[0][2]
     assert "none is whole: " in errors[0][3] and "state.json is missing" in errors[0][3]
     assert "step 2 was read and is whole" in errors[0][4]

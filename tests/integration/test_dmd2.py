@@ -19,7 +19,7 @@ from fvtitan.methods.dmd2 import DMD2Method
 from fvtitan.models.wan import weights
 from fvtitan.models.wan.transformer import WanConfig
 from tests.dmd2_oracles import parameters_of
-from tests.helpers import dmd2_recipe, make_cache, random_transformer, read_checkpoint, small_arguments, train
+from tests.helpers import dmd2_recipe, make_cache, random_transformer, read_checkpoint, small_arguments, stopping, train
 from tests.integration.dmd2_worker import watch
 from tests.integration.exact_worker import launch, output, records
 
@@ -85,17 +85,9 @@ def whole(setting, tmp_path_factory):
 
 
 @pytest.mark.parametrize("stop", [4, pytest.param(7, marks=pytest.mark.slow)])
-def test_a_stop_between_two_updates_of_the_student_changes_nothing(setting, whole, tmp_path, monkeypatch, stop):
+def test_a_stop_between_two_updates_of_the_student_changes_nothing(setting, whole, tmp_path, stop):
     """Bit for bit: roles, optimizers, moving average, schedules, generators, logged values."""
-    step_of = DMD2Method.single_train_step
-
-    def stops(self, batch, step, role):
-        if step == stop:
-            raise KeyboardInterrupt
-        return step_of(self, batch, step, role)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(DMD2Method, "single_train_step", stops)
+    with stopping(DMD2Method, stop):
         train(arguments_of(setting, tmp_path))
     assert Checkpointer(tmp_path / "run/checkpoint").steps() == [3, 6][: 1 + (stop > 6)]
     assert train(arguments_of(setting, tmp_path)) == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import multiprocessing
 import os
@@ -28,7 +29,6 @@ from fvtitan.components.lora import LoRAConfig
 from fvtitan.components.model_card import EXAMPLE_PROMPT
 from fvtitan.config import RoleConfig, read_toml
 from fvtitan.contract import read_contract
-from fvtitan.errors import cli
 from fvtitan.methods import METHODS
 from fvtitan.models import MODELS
 from fvtitan.models.encoders import TextEncoder, VideoVAE
@@ -36,7 +36,16 @@ from fvtitan.models.pipeline import pipeline_shift
 from fvtitan.models.wan import weights
 from fvtitan.models.wan.adapter import diffusers_names
 from fvtitan.models.wan.files import WEIGHTS_NAME, open_weights
-from tests.helpers import GEOMETRY, ROOT, dmd2_recipe, make_cache, self_forcing_recipe, small_arguments, train
+from tests.helpers import (
+    GEOMETRY,
+    ROOT,
+    dmd2_recipe,
+    make_cache,
+    run_program,
+    self_forcing_recipe,
+    small_arguments,
+    train,
+)
 
 STUDENT = '[models.student]\ninit_from = "tiny-wan"\n'
 SAMPLING = "[schedule]\nshift = 5.0\n[validation]\nsampling_steps = 3\nguidance_scale = 3.0\n"
@@ -111,13 +120,7 @@ def adapter_of(folder: Path, alpha: float) -> Path:
 
 def export(*arguments: object) -> int:
     """The program in this process; its exit status."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["export", *map(str, arguments)])
-        try:
-            cli(program.main)
-        except SystemExit as exit_:
-            return int(exit_.code or 0)
-    raise AssertionError("it did not exit")
+    return run_program(program.main, *arguments)
 
 
 @pytest.fixture(scope="module")
@@ -165,12 +168,18 @@ def exports(runs):
     return SimpleNamespace(folder=folder, videos=videos)
 
 
+@functools.cache
+def encoders() -> tuple[TextEncoder, VideoVAE]:
+    return TextEncoder("tiny-wan"), VideoVAE("tiny-wan")
+
+
+@functools.cache
 def our_video(checkpoint: Path, *, raw: bool) -> Tensor:
     """`[T, H, W, 3]` in [0, 1], by our network and sampler, from the noise that diffusers draws."""
     cfg = read_toml(checkpoint / "config.toml")
     sizes, tensors = weights.read_checkpoint(checkpoint, "student", raw=raw)
     model = MODELS["wan"].from_tensors(sizes, tensors, cfg.schedule, cfg.models["student"])
-    spec, encoder, vae = METHODS[cfg.method.name].sampler(cfg), TextEncoder("tiny-wan"), VideoVAE("tiny-wan")
+    spec, (encoder, vae) = METHODS[cfg.method.name].sampler(cfg), encoders()
     cond, uncond = (model.conditioning(encoder.encode([text])) for text in (EXAMPLE_PROMPT, ""))
     torch.manual_seed(0)
     frames, height, width = cfg.data.latent_size()

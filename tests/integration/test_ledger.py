@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
-import os
 import re
 import subprocess
 import sys
@@ -22,8 +21,8 @@ from fvtitan.data.latent_cache import LatentCache, read_jsonl
 from fvtitan.data.ledger import check_data
 from fvtitan.data.verify import verify_cache
 from fvtitan.data.video import read_video, write_video
-from fvtitan.errors import UserError, cli
-from tests.helpers import ROOT
+from fvtitan.errors import UserError
+from tests.helpers import ROOT, run_program
 from tests.unit.test_video import ramp, write_stream
 
 BUCKETS = "32x32x5,48x32x9,32x48x5"
@@ -144,28 +143,17 @@ def test_buckets_are_a_contract(made):
         pp.preprocess(dataclasses.replace(cfg, spans=2))
 
 
-def command(*words: object) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", "fvtitan.preprocess", *map(str, words)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        timeout=300,
-    )
-
-
-def test_the_program_prints_it_and_fails_when_too_much_is_lost(folder, tmp_path, monkeypatch, capsys):
+def test_the_program_prints_it_and_fails_when_too_much_is_lost(folder, tmp_path, capsys):
     output = tmp_path / "ledger"
-    sizes = ["--buckets", BUCKETS, "--batch-size", 2]
-    done = command("--check", "--data", folder, *sizes, "--output", output, "--contact-sheet", "--max-loss-share", 0.8)
-    assert done.returncode == 0, done.stderr
-    table = {line.split()[0]: line for line in reversed(done.stdout.splitlines()) if line.strip()}
+    words = ["--check", "--data", folder, "--buckets", BUCKETS, "--batch-size", 2]
+    assert run_program(pp.main, *words, "--output", output, "--contact-sheet", "--max-loss-share", 0.8) == 0
+    said = capsys.readouterr().out
+    table = {line.split()[0]: line for line in reversed(said.splitlines()) if line.strip()}
     assert re.search(r"96x64 +40 +1\.33 +30 -> 16 +0-15 +48x32x9 +0\.0% +0\.5 +0\.77", table["wide.mp4"])
     assert "64x96 turned 90" in table["phone.mp4"] and "unused: too short: 4 frames at 16 fps, 5" in table["short.mp4"]
-    assert re.search(r"48x32x9 +2 +2 +18 +0\.0003 +1$", done.stdout, re.MULTILINE)
-    assert re.search(r"32x32x5 +2 +2 +10 +0\.0002 +1$", done.stdout, re.MULTILINE)
-    assert "unused: 6 of 11 clips (54.5%)" in done.stdout and "1 other files ignored" in done.stdout
+    assert re.search(r"48x32x9 +2 +2 +18 +0\.0003 +1$", said, re.MULTILINE)
+    assert re.search(r"32x32x5 +2 +2 +10 +0\.0002 +1$", said, re.MULTILINE)
+    assert "unused: 6 of 11 clips (54.5%)" in said and "1 other files ignored" in said
     rows = list(csv.DictReader((output / "ledger.csv").open(encoding="utf-8", newline="")))
     lines = read_jsonl(output / "ledger.jsonl")
     assert [row["file"] for row in rows] == [line["file"] for line in lines] and len(rows) == 12
@@ -173,11 +161,9 @@ def test_the_program_prints_it_and_fails_when_too_much_is_lost(folder, tmp_path,
     assert sorted(path.name for path in output.iterdir()) == ["contact_sheet-0.png", "ledger.csv", "ledger.jsonl"]
     with Image.open(output / "contact_sheet-0.png") as sheet:
         assert sheet.width > 1000 and sheet.height > 400
-    monkeypatch.setattr(sys, "argv", ["preprocess", "--check", "--data", str(folder), *map(str, sizes)])
-    with pytest.raises(SystemExit) as exit_:
-        cli(pp.main)
+    assert run_program(pp.main, *words) == 2
     said = capsys.readouterr()
-    assert exit_.value.code == 2 and "wide.mp4" in said.out  # the table comes all the same
+    assert "wide.mp4" in said.out  # the table comes all the same
     assert "54.5% of the clips are not used, more than --max-loss-share 0.1" in said.err and said.err.count("\n") == 1
 
 

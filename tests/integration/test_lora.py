@@ -31,6 +31,7 @@ from tests.helpers import (
     read_checkpoint,
     self_forcing_recipe,
     small_arguments,
+    stopping,
     train,
 )
 from tests.integration.dmd2_worker import watch
@@ -121,17 +122,9 @@ def test_a_checkpoint_holds_adapters_and_the_identity_of_the_base(setting, whole
 
 @pytest.mark.faults
 @pytest.mark.parametrize("stop", [5, pytest.param(7, marks=pytest.mark.slow)])
-def test_a_stopped_run_resumes_bit_for_bit(setting, whole, tmp_path, monkeypatch, stop):
+def test_a_stopped_run_resumes_bit_for_bit(setting, whole, tmp_path, stop):
     """Fault 2: DMD2."""
-    step_of = DMD2Method.single_train_step
-
-    def stops(self, batch, step, role):
-        if step == stop:
-            raise KeyboardInterrupt
-        return step_of(self, batch, step, role)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(DMD2Method, "single_train_step", stops)
+    with stopping(DMD2Method, stop):
         train(arguments_of(setting, tmp_path))
     assert train(arguments_of(setting, tmp_path)) == 0
     assert_same(tmp_path, whole)

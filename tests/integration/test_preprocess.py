@@ -25,7 +25,8 @@ from fvtitan.data.latent_cache import LatentCache
 from fvtitan.data.video import write_video
 from fvtitan.distributed.utils import only_job
 from fvtitan.errors import UserError
-from tests.helpers import ROOT
+from tests.helpers import ROOT, run_program
+from tests.integration import exact_worker
 
 SIZE = {"width": 32, "height": 32, "num_frames": 5}
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -38,8 +39,12 @@ def launch(source: Path, output: Path, ranks: int = 1, *extra: str) -> list[str]
     if ranks > 1:
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "-m"]
         launcher.append("fvtitan.preprocess")
+    return [*launcher, *arguments_of(source, output), *extra]
+
+
+def arguments_of(source: Path, output: Path) -> list[str]:
     given = ["--data", str(source), *SIZE_ARGUMENTS] if source.is_dir() else ["--prompts", str(source)]
-    return [*launcher, *given, "--output", str(output), "--model", "tiny-wan", *extra]
+    return [*given, "--output", str(output), "--model", "tiny-wan"]
 
 
 def run(source: Path, output: Path, ranks: int = 1, *extra: str) -> subprocess.CompletedProcess:
@@ -141,10 +146,16 @@ def test_batches_of_prompts(prompt_cache):
     assert sorted(i for batch in batches for i in batch["sample_indices"].tolist()) == list(range(1292))
 
 
+def program(folder: Path, *, words: list[str]) -> None:
+    """`fvtitan.preprocess` in this process; the folder is that of its output."""
+    sys.exit(run_program(pp.main, *words))
+
+
 def test_two_ranks_make_the_same_cache(either, tmp_path):
     source, cache = either
-    done = run(source, tmp_path / "cache", 2)
-    assert done.returncode == 0, done.stderr[-2000:]
+    words = arguments_of(source, tmp_path / "cache")
+    status = exact_worker.launch(2, [], tmp_path / "logs", watcher=program, words=words)
+    assert status == [0, 0], exact_worker.output(tmp_path / "logs")
     assert content(tmp_path / "cache") == content(cache)
 
 
@@ -543,7 +554,7 @@ def test_files_that_are_no_prompts(tmp_path):
     assert not (tmp_path / "c").exists()
 
 
-def test_program_errors_are_one_line(videos, prompts, tmp_path):
+def test_program_errors_are_one_line(videos, prompts, tmp_path, capsys):
     useless = ["--width", "832", "--max-frames", "7"]  # also where they repeat the default
     for source, extra, message in (
         (videos, ["--num-frames", "6"], "--num-frames 6: must be 4n + 1; nearest: 5 or 9"),
@@ -551,8 +562,8 @@ def test_program_errors_are_one_line(videos, prompts, tmp_path):
         (videos, ["--model", "nowhere"], "'nowhere' is neither"),
         (prompts, useless, "--width, --max-frames: for --data only, a cache of --prompts has no clips: leave out"),
     ):
-        done = run(source, tmp_path / "c", 1, *extra)
-        assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1, done.stderr
+        status, error = run_program(pp.main, *arguments_of(source, tmp_path / "c"), *extra), capsys.readouterr().err
+        assert status == 2 and message in error and error.count("\n") == 1, error
 
 
 def test_help_names_every_option():

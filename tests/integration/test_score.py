@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
 
+from fvtitan import score
 from fvtitan.assets import tiny_wan_path
 from fvtitan.assets.build_tiny_wan import training_minutes, transformer_tensors
 from fvtitan.components.checkpoint import DamagedCheckpoint, read_tensors
@@ -20,7 +19,7 @@ from fvtitan.models.wan import weights
 from fvtitan.models.wan.model import WanCausalModel
 from fvtitan.samplers import SamplerSpec, num_forwards
 from fvtitan.score import comparison, paired_difference, score_sources, table
-from tests.helpers import ROOT, make_cache, read_checkpoint, small_arguments, train
+from tests.helpers import make_cache, read_checkpoint, run_program, small_arguments, train
 
 
 @pytest.fixture(scope="module")
@@ -140,12 +139,11 @@ def test_a_length_that_does_not_fit_is_refused_before_sampling(checkpoint):
         next(score_sources(["tiny-wan", str(checkpoint)], steps=(1,), lengths=(9, 97), num_videos=1, guidance=(3.0,)))
 
 
-def test_the_program(tmp_path):
-    command = [sys.executable, "-m", "fvtitan.score"]
-    small = ["--steps", "1", "--num-frames", "9", "--num-videos", "1", "--output", str(tmp_path)]
-    done = subprocess.run([*command, *small], cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "| tiny-wan | Euler, guidance 3 | 1 | 9 | 2 |" in done.stdout and "| VAE round trip |" in done.stdout
+def test_the_program(tmp_path, capsys):
+    small = ["--steps", 1, "--num-frames", 9, "--num-videos", 1, "--output", tmp_path]
+    assert run_program(score.main, *small) == 0
+    said = capsys.readouterr().out
+    assert "| tiny-wan | Euler, guidance 3 | 1 | 9 | 2 |" in said and "| VAE round trip |" in said
     assert [row["model"] for row in json.loads((tmp_path / "rows.json").read_text())] == ["tiny-wan", "VAE round trip"]
     assert (tmp_path / "01-1-steps-9-frames.png").is_file()
 
@@ -159,15 +157,10 @@ def test_the_program(tmp_path):
         (["--models", "nowhere"], "'nowhere' is neither"),
     ],
 )
-def test_bad_arguments_are_one_line(arguments, message, monkeypatch, capsys):
-    from fvtitan import score
-    from fvtitan.errors import cli
-
-    monkeypatch.setattr(sys, "argv", ["score", *arguments])
-    with pytest.raises(SystemExit) as exit_:
-        cli(score.main)
+def test_bad_arguments_are_one_line(arguments, message, capsys):
+    assert run_program(score.main, *arguments) == 2
     error = capsys.readouterr().err.strip().splitlines()
-    assert exit_.value.code == 2 and len(error) == 1 and message in error[0]
+    assert len(error) == 1 and message in error[0]
 
 
 def test_training_minutes_come_from_the_rates(tmp_path):

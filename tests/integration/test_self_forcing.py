@@ -22,6 +22,7 @@ from tests.helpers import (
     read_checkpoint,
     self_forcing_recipe,
     small_arguments,
+    stopping,
     train,
 )
 from tests.integration.exact_worker import launch, output, records
@@ -101,21 +102,13 @@ def test_who_is_trained_when(setting, tmp_path, monkeypatch, mode, steps):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_stop_between_two_updates_of_the_student_changes_nothing(setting, tmp_path, monkeypatch, mode):
+def test_a_stop_between_two_updates_of_the_student_changes_nothing(setting, tmp_path, mode):
     """Bit for bit: roles, optimizers, moving average, schedules, generators, logged values; with rollouts of all lengths."""
     method = {"gradient_mode": mode, "context_noise": 20.0, "same_step_across_blocks": False}
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     arguments = functools.partial(arguments_of, setting, method=method, training__global_batch_size=2)
     assert train(arguments(whole)) == 0
-    step_of = SelfForcingMethod.single_train_step
-
-    def stops(self, batch, step, role):
-        if step == 5:
-            raise KeyboardInterrupt
-        return step_of(self, batch, step, role)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(SelfForcingMethod, "single_train_step", stops)
+    with stopping(SelfForcingMethod, 5):
         train(arguments(stopped))
     assert Checkpointer(stopped / "run/checkpoint").steps() == [3]
     assert train(arguments(stopped)) == 0

@@ -46,7 +46,7 @@ TRAINING = """#!/usr/bin/env bash
 printf '%s\\n' "$NNODES" "$NGPU" "$RDZV_ENDPOINT" "$RDZV_ID" "$CONFIG_FILE" "$PWD" "$*" > "$FAKE/told"
 while [[ ! -e $DUMP/stop && ! -e $FAKE/ended ]]; do sleep 0.05; done
 touch "$FAKE/ended"
-rm -f "$DUMP/stop"
+mv "$DUMP/stop" "$FAKE/asked"
 mkdir -p "$DUMP/checkpoint/step-3"
 printf '{\\n  "state": "stopped",\\n  "step": 3\\n}\\n' > "$DUMP/status.json"
 exit 1
@@ -152,6 +152,7 @@ def test_before_the_time_limit_it_stops_and_is_queued_again(cluster, tmp_path):
     assert (config, here, words) == (recipe, cluster["SLURM_SUBMIT_DIR"], " ".join(arguments))
     assert (tmp_path / "srun").read_text().split("./")[0] == "--kill-on-bad-exit=1 --cpus-per-task=4 "
     assert requeued(tmp_path) == ["requeue 8612345"]
+    assert (tmp_path / "asked").read_text() == "8612345.2\n"  # also a run that begins later knows that it is meant
 
 
 def test_what_fails_or_was_stopped_by_hand_is_not_queued_again(cluster, tmp_path):

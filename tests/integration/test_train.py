@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,12 +27,27 @@ from fvtitan.methods.finetune import FineTuneMethod
 from fvtitan.methods.passes import Pass
 from fvtitan.models.wan.flops import forward_flops
 from fvtitan.models.wan.transformer import FLAVORS
-from tests.helpers import ROOT, causal_recipe, dmd2_recipe, make_cache, read_checkpoint, small_arguments, train
+from tests.helpers import (
+    ROOT,
+    causal_recipe,
+    dmd2_recipe,
+    make_cache,
+    one_layer,
+    read_checkpoint,
+    small_arguments,
+    stopping,
+    train,
+)
 
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
     return make_cache(tmp_path_factory.mktemp("data") / "cache", num_samples=10)
+
+
+def small(cache: Path, folder: Path, **keys: Any) -> list[str]:
+    """Of a student of one layer."""
+    return small_arguments(cache, folder, **{**one_layer(cache.parent), **keys})
 
 
 def torchrun(ranks: int, arguments: list[str], script: str = "train.py") -> subprocess.CompletedProcess:
@@ -58,23 +74,15 @@ def assert_same_checkpoint(first, second) -> None:
 
 @pytest.mark.faults
 @pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.slow), 2])
-def test_a_stopped_run_resumes_bit_for_bit(cache, tmp_path, monkeypatch, workers):
+def test_a_stopped_run_resumes_bit_for_bit(cache, tmp_path, workers):
     """Fault 1."""
     # 6 steps of 4 samples over 10: the stop lies in the middle of an epoch, and the run crosses epochs.
     keys = {"training__global_batch_size": 4, "data__num_workers": workers}
-    assert train(small_arguments(cache, tmp_path / "whole", **keys)) == 0
+    assert train(small(cache, tmp_path / "whole", **keys)) == 0
 
-    step_of = FineTuneMethod.single_train_step
-
-    def stops(self, batch, step, role):
-        if step == 4:
-            raise KeyboardInterrupt
-        return step_of(self, batch, step, role)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(FineTuneMethod, "single_train_step", stops)
-        train(small_arguments(cache, tmp_path / "stopped", **keys))
-    assert train(small_arguments(cache, tmp_path / "stopped", **{**keys, "data__num_workers": 0})) == 0
+    with stopping(FineTuneMethod, 4):
+        train(small(cache, tmp_path / "stopped", **keys))
+    assert train(small(cache, tmp_path / "stopped", **{**keys, "data__num_workers": 0})) == 0
 
     assert_same_checkpoint(tmp_path / "whole/checkpoint/step-6", tmp_path / "stopped/checkpoint/step-6")
     values = training_values(tmp_path / "whole")
@@ -83,7 +91,7 @@ def test_a_stopped_run_resumes_bit_for_bit(cache, tmp_path, monkeypatch, workers
 
 
 def test_a_finished_job_says_so(cache, tmp_path, capsys):
-    arguments = small_arguments(cache, tmp_path, training__steps=2, checkpoint__interval=2)
+    arguments = small(cache, tmp_path, training__steps=2, checkpoint__interval=2)
     assert train(arguments) == 0
     before = (tmp_path / "metrics.jsonl").read_bytes()
     assert train(arguments) == 0
@@ -93,8 +101,8 @@ def test_a_finished_job_says_so(cache, tmp_path, capsys):
 
 def test_training_without_checkpoints_is_the_same_training(cache, tmp_path):
     """Saving changes nothing: no fake optimizer step, no draw from a stream."""
-    assert train(small_arguments(cache, tmp_path / "often", checkpoint__interval=1)) == 0
-    assert train(small_arguments(cache, tmp_path / "never", checkpoint__enable=False)) == 0
+    assert train(small(cache, tmp_path / "often", checkpoint__interval=1)) == 0
+    assert train(small(cache, tmp_path / "never", checkpoint__enable=False)) == 0
     assert training_values(tmp_path / "often") == training_values(tmp_path / "never")
 
 
@@ -203,7 +211,7 @@ def test_nothing_is_updated_when_the_gradient_is_not_finite(cache, tmp_path, mon
     with pytest.raises(
         FloatingPointError, match="step 3: not finite: the loss of the student on rank 0; the gradient norm"
     ):
-        train(small_arguments(cache, tmp_path, checkpoint__interval=1))
+        train(small(cache, tmp_path, checkpoint__interval=1))
     steps = sorted(path.name for path in (tmp_path / "checkpoint").glob("step-*"))
     assert steps == ["step-1", "step-2"]
 
@@ -228,7 +236,7 @@ def test_a_changed_key_is_refused_with_both_values_or_takes_effect(cache, tmp_pa
     """Fault 19. What decides what is learned; nothing of the run is touched by the refusal. With leave, the new learning rate
     is used from the next step on, at the schedule's position, and the weight decay by every matrix."""
     keys = {"training__steps": 4, "checkpoint__interval": 2}
-    assert train(small_arguments(cache, tmp_path, **keys)) == 0
+    assert train(small(cache, tmp_path, **keys)) == 0
     shutil.rmtree(tmp_path / "checkpoint/step-4")
 
     def trained() -> dict[Path, bytes]:
@@ -239,7 +247,7 @@ def test_a_changed_key_is_refused_with_both_values_or_takes_effect(cache, tmp_pa
     before = trained()
     changed = {**keys, "optimizer__lr": 2e-3, "optimizer__weight_decay": 0.5, "ema__decay": 0.7}
     capsys.readouterr()
-    assert train(small_arguments(cache, tmp_path, **changed)) == 2
+    assert train(small(cache, tmp_path, **changed)) == 2
     (error,) = capsys.readouterr().err.strip().splitlines()
     assert (
         "step-2 was made with ema.decay = 0.8 (now 0.7), optimizer.lr = 0.001 (now 0.002), optimizer.weight_decay"
@@ -248,7 +256,7 @@ def test_a_changed_key_is_refused_with_both_values_or_takes_effect(cache, tmp_pa
     assert trained() == before and read_status(tmp_path)["state"] == "failed"
 
     allowed = ["ema.decay", "optimizer.lr", "optimizer.weight_decay"]
-    assert train([*small_arguments(cache, tmp_path, **changed), "--checkpoint.allow_changed", *allowed]) == 0
+    assert train([*small(cache, tmp_path, **changed), "--checkpoint.allow_changed", *allowed]) == 0
     assert "changed since the checkpoint, as allowed: optimizer.lr, 0.001 -> 0.002" in capsys.readouterr().out
     lr = [record["lr/student"] for record in read_metrics(tmp_path / "metrics.jsonl")]
     assert lr[2] == pytest.approx(2 * 1e-3) and lr[3] == pytest.approx(2e-3 / 2)  # cosine: 1 and 1/2 of the peak
@@ -259,8 +267,8 @@ def test_a_changed_key_is_refused_with_both_values_or_takes_effect(cache, tmp_pa
 @pytest.mark.faults
 def test_an_allowed_key_must_exist(cache, tmp_path, capsys):
     """Fault 19."""
-    assert train(small_arguments(cache, tmp_path, training__steps=1)) == 0
-    arguments = small_arguments(cache, tmp_path, training__steps=2)
+    assert train(small(cache, tmp_path, training__steps=1)) == 0
+    arguments = small(cache, tmp_path, training__steps=2)
     assert train([*arguments, "--checkpoint.allow_changed", "optimizer.rl"]) == 2
     assert "'optimizer.rl' is not a key of this run. Did you mean 'optimizer.lr'" in capsys.readouterr().err
 
@@ -268,8 +276,8 @@ def test_an_allowed_key_must_exist(cache, tmp_path, capsys):
 @pytest.mark.faults
 def test_keys_of_execution_may_change(cache, tmp_path):
     """Fault 20. Workers, batch split, checkpointing of activations, validation, logging, the number of steps."""
-    assert train(small_arguments(cache, tmp_path / "whole", training__steps=4, training__global_batch_size=2)) == 0
-    assert train(small_arguments(cache, tmp_path / "split", training__steps=2, training__global_batch_size=2)) == 0
+    assert train(small(cache, tmp_path / "whole", training__steps=4, training__global_batch_size=2)) == 0
+    assert train(small(cache, tmp_path / "split", training__steps=2, training__global_batch_size=2)) == 0
     other = {
         "training__steps": 4,
         "training__local_batch_size": 1,
@@ -280,7 +288,7 @@ def test_keys_of_execution_may_change(cache, tmp_path):
         "metrics__log_freq": 2,
         "lr_scheduler__decay_type": "cosine",
     }
-    assert train(small_arguments(cache, tmp_path / "split", **other)) == 0
+    assert train(small(cache, tmp_path / "split", **other)) == 0
     assert len(read_metrics(tmp_path / "split/metrics.jsonl")) == 4
 
 

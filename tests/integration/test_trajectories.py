@@ -8,7 +8,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import weakref
 from multiprocessing.connection import wait
@@ -34,13 +33,13 @@ from fvtitan.models.wan import model as wan_model
 from fvtitan.models.wan import weights
 from fvtitan.models.wan.transformer import WanConfig
 from tests.helpers import (
-    ROOT,
     dmd2_recipe,
     kd_recipe,
     make_cache,
     random_transformer,
     read_checkpoint,
     small_arguments,
+    stopping,
     train,
 )
 from tests.integration.exact_worker import forkserver
@@ -233,13 +232,11 @@ def launch(arguments: list[str], folder: Path, ranks: int = 1, kill: tuple[str, 
 
 
 def test_two_ranks_make_the_same_cache(runs, whole, tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m"]
-    command += ["fvtitan.trajectories", *runs(tmp_path)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    status = launch(runs(tmp_path), tmp_path / "logs", ranks=2)
+    said = (tmp_path / "logs/rank0.log").read_text()
+    assert status == [0, 0], said
     assert content(tmp_path / "recipe/trajectories") == content(whole)
-    assert "trajectories: 38/38 samples of this rank, 0s left" in done.stdout
+    assert "trajectories: 38/38 samples of this rank, 0s left" in said
 
 
 @pytest.mark.faults
@@ -569,7 +566,7 @@ KINDS = [{}, {"name": "kd_causal"}, {"name": "kd_causal", "teacher_forcing": Tru
     [pytest.param(kind, marks=pytest.mark.slow if i else []) for i, kind in enumerate(KINDS)],
     ids=["kd", "kd_causal", "teacher_forcing"],
 )
-def test_a_stopped_run_resumes_bit_for_bit(runs, tmp_path, monkeypatch, method):
+def test_a_stopped_run_resumes_bit_for_bit(runs, tmp_path, method):
     """Fault 2. 4 steps of 4 samples over 10: the stop lies in the middle of an epoch, and the run crosses epochs."""
     keys = {
         "training__steps": 4,
@@ -580,16 +577,8 @@ def test_a_stopped_run_resumes_bit_for_bit(runs, tmp_path, monkeypatch, method):
     }
     method = {"num_trajectories": 10, **method}
     assert train(runs(tmp_path, overrides=keys, **method)) == 0
-    step_of = KDMethod.single_train_step
-
-    def stops(self, batch, step, role):
-        if step == 3:
-            raise KeyboardInterrupt
-        return step_of(self, batch, step, role)
-
     keys |= {"job__dump_folder": tmp_path / "stopped", "data__num_workers": 0}
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(KDMethod, "single_train_step", stops)
+    with stopping(KDMethod, 3):
         train(runs(tmp_path, overrides=keys, **method))
     assert Checkpointer(tmp_path / "stopped/checkpoint").steps() == [2]
     assert train(runs(tmp_path, overrides=keys, **method)) == 0

@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fvtitan.components import checkpoint
 from fvtitan.components.checkpoint import (
     Checkpointer,
     CheckpointError,
@@ -573,8 +574,6 @@ DAMAGES = [
 
 @pytest.fixture
 def bad_blocks(monkeypatch):
-    from fvtitan.components import checkpoint
-
     read: list[str] = []  # the folders whose bytes are read
     sha256 = checkpoint.file_sha256
 
@@ -586,6 +585,39 @@ def bad_blocks(monkeypatch):
 
     monkeypatch.setattr(checkpoint, "file_sha256", reading)
     return read
+
+
+def test_ranks_share_the_reading_outside_of_a_run_and_hear_of_what_one_finds(tmp_path, bad_blocks, monkeypatch):
+    net = sharded(0)
+    Checkpointer(tmp_path).save(1, everything(net, adamw(net)))
+    path = tmp_path / "step-1"
+    files = {entry["name"] for entry in json.loads((path / "manifest.json").read_text())["files"]}
+    names: list[str] = []
+    sha256 = checkpoint.file_sha256
+    monkeypatch.setattr(checkpoint, "file_sha256", lambda file: names.append(file.name) or sha256(file))
+    told: list[Exception | None] = [None, None]
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+
+    def gather(outcomes: list, mine: tuple) -> None:
+        outcomes[:] = [(error, None) for error in told]
+        outcomes[dist.get_rank()] = mine
+
+    monkeypatch.setattr(dist, "all_gather_object", gather)
+    by_rank = []
+    for rank in range(2):
+        monkeypatch.setattr(dist, "get_rank", lambda rank=rank: rank)
+        names.clear()
+        checkpoint.verify_files(path)
+        by_rank.append(set(names))
+        assert len(names) == len(by_rank[-1])
+    assert by_rank[0] | by_rank[1] == files and not by_rank[0] & by_rank[1] and all(by_rank)
+    told[0] = DamagedCheckpoint("a file that rank 0 has read")
+    with pytest.raises(DamagedCheckpoint, match="that rank 0 has read"):
+        checkpoint.verify_files(path)
+    told[0] = None
+    (path / "state.json").write_text("{}")  # its size is compared by all
+    with pytest.raises(DamagedCheckpoint, match="step-1: state.json has 2 bytes"):
+        checkpoint.verify_files(path)
 
 
 @pytest.mark.faults

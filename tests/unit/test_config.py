@@ -2,18 +2,18 @@
 
 import dataclasses
 import re
-import subprocess
-import sys
 import typing
 from pathlib import Path
 
 import pytest
 import tomli
 
+from fvtitan import config
 from fvtitan.config import JobConfig, RoleConfig, load_config, main, read_toml
 from fvtitan.errors import UserError
 from fvtitan.methods import METHODS
 from fvtitan.reference import reference
+from tests.helpers import run_program
 
 RECIPES = sorted(Path(__file__).parents[2].glob("train_configs/*.toml"))
 MINIMAL = '[models.student]\nflavor = "tiny"\n'
@@ -191,12 +191,12 @@ def test_missing_file_names_the_nearest(tmp_path):
         load_config(["--job.config_file", str(tmp_path / "recipes.toml")])
 
 
-def test_program_prints_the_result_and_fails_in_one_line(tmp_path):
-    command = [sys.executable, "-m", "fvtitan.config", write(tmp_path, MINIMAL)]
-    done = subprocess.run([*command, "--training.steps", "5"], capture_output=True, text=True)
-    assert done.returncode == 0 and tomli.loads(done.stdout)["training"]["steps"] == 5
-    done = subprocess.run([*command, "--training.steps", "0"], capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr == "error: training.steps = 0: must be >= 1\n"
+def test_program_prints_the_result_and_fails_in_one_line(tmp_path, capsys):
+    recipe = write(tmp_path, MINIMAL)
+    assert run_program(config.main, recipe, "--training.steps", 5) == 0
+    assert tomli.loads(capsys.readouterr().out)["training"]["steps"] == 5
+    assert run_program(config.main, recipe, "--training.steps", 0) == 2
+    assert capsys.readouterr().err == "error: training.steps = 0: must be >= 1\n"
 
 
 def fields_of(cls, prefix=""):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from collections import Counter
 
@@ -13,6 +12,7 @@ import torch
 from fvtitan.data import moving_shapes as ms
 from fvtitan.data.video import read_all_frames, write_video
 from fvtitan.errors import UserError
+from tests.helpers import run_program
 
 
 def test_captions_say_everything():
@@ -75,7 +75,7 @@ def balanced(step: int) -> list[ms.Attributes]:
     return chosen
 
 
-@pytest.mark.parametrize(("num_frames", "step"), [pytest.param(33, 1, marks=pytest.mark.slow), (33, 5), (97, 11)])
+@pytest.mark.parametrize(("num_frames", "step"), [pytest.param(33, 1, marks=pytest.mark.slow), (33, 11), (97, 23)])
 def test_the_judge_is_right_on_rendered_clips(num_frames, step):
     combinations = balanced(step)
     judged = [ms.judge_video(ms.render_clip(a, num_frames=num_frames, seed=9), a.caption) for a in combinations]
@@ -84,9 +84,10 @@ def test_the_judge_is_right_on_rendered_clips(num_frames, step):
     assert scores["area_constancy"] > 0.99 and scores["speed_constancy"] > 0.99 and scores["speed_drift"] < 0.01
 
 
-def test_the_judge_is_right_after_mp4(tmp_path):
+@pytest.mark.parametrize("step", [pytest.param(5, marks=pytest.mark.slow), 13])
+def test_the_judge_is_right_after_mp4(tmp_path, step):
     judged = []
-    for i, attributes in enumerate(balanced(5)):
+    for i, attributes in enumerate(balanced(step)):
         write_video(tmp_path / f"{i}.mp4", ms.render_clip(attributes, seed=i), fps=16)
         judged.append(ms.judge_video(read_all_frames(tmp_path / f"{i}.mp4"), attributes.caption))
     scores = ms.summarise(judged)
@@ -182,15 +183,13 @@ def test_a_half_rendered_set_is_finished_and_a_foreign_one_refused(tmp_path):
         ms.render_dataset(tmp_path / "mine", 7)
 
 
-def test_programs(tmp_path):
-    program = [sys.executable, "-m", "fvtitan.data.moving_shapes"]
-    render = [*program, "render", "--output", str(tmp_path / "v"), "--num-clips", "3"]
-    assert subprocess.run(render, capture_output=True).returncode == 0
-    done = subprocess.run([*program, "judge", "--videos", str(tmp_path / "v")], capture_output=True, text=True)
-    assert done.returncode == 0 and "colour             1.000   0.167" in done.stdout, done.stdout
+def test_programs(tmp_path, capsys):
+    assert run_program(ms.main, "render", "--output", tmp_path / "v", "--num-clips", 3) == 0
+    assert run_program(ms.main, "judge", "--videos", tmp_path / "v") == 0
+    assert "colour             1.000   0.167" in capsys.readouterr().out
     (tmp_path / "empty").mkdir()
-    done = subprocess.run([*program, "judge", "--videos", str(tmp_path / "empty")], capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.startswith("error: ")
+    assert run_program(ms.main, "judge", "--videos", tmp_path / "empty") == 2
+    assert capsys.readouterr().err.startswith("error: ")
 
 
 def test_program_errors_are_one_line(tmp_path, monkeypatch):

@@ -28,7 +28,7 @@ from fvtitan.data.latent_cache import LatentCache, text_key
 from fvtitan.data.listing import list_records
 from fvtitan.data.trajectory_cache import TrajectoryCache, TrajectoryFolder, num_complete
 from fvtitan.distributed.parallelize import apply_compile
-from fvtitan.errors import UserError, redacted
+from fvtitan.errors import UserError, cli, redacted
 from fvtitan.generate import load_model
 from fvtitan.methods import METHODS
 from fvtitan.models.encoders import TextEncoder, VideoVAE
@@ -512,8 +512,7 @@ def test_no_secret_in_what_a_run_writes_and_prints(tmp_path, monkeypatch, capfd)
     wandb.util = types.SimpleNamespace(generate_id=lambda: "id")
     wandb.init = lambda **options: told.append(options) or run
     monkeypatch.setitem(sys.modules, "wandb", wandb)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
-    monkeypatch.setenv("WANDB_API_KEY", "s3cret-s3cret")
+    monkeypatch.setattr("fvtitan.components.metrics._check_wandb", lambda: None)  # as if it were installed
     keys = {"training__steps": 1, "metrics__enable_tensorboard": True, "job__description": "with s3cret-s3cret"}
     keys["metrics__enable_wandb"] = True
     assert train(small_arguments(cache, tmp_path / "run", **keys)) == 0
@@ -537,6 +536,37 @@ def test_no_secret_in_a_stack_trace(monkeypatch):
     done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.endswith("RuntimeError: at https://***@host\n")
     assert "s3cret" not in done.stdout + done.stderr and "Traceback" in done.stderr
+
+
+def test_torchrun_is_told_of_errors_that_are_not_bad_input(tmp_path, monkeypatch, capsys):
+    """What is in the file, torchrun prints as the traceback of the rank that failed first."""
+    told = tmp_path / "error.json"
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(told))
+    monkeypatch.setenv("A_PASSWORD", "s3cret-s3cret")
+    assert train(["--training.steps", "0"]) == 2
+    assert capsys.readouterr().err.startswith("error: training.steps = 0") and not told.exists()
+
+    def fails() -> None:
+        raise RuntimeError("at https://s3cret-s3cret@host")
+
+    with pytest.raises(RuntimeError):
+        cli(fails)
+    message = json.loads(told.read_text())["message"]
+    assert message["message"] == "RuntimeError: at https://***@host"
+    assert "in fails" in message["extraInfo"]["py_callstack"] and "s3cret" not in told.read_text()
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "none/error.json"))
+    with pytest.raises(RuntimeError, match="at https"):
+        cli(fails)
+
+
+def test_a_secret_that_would_change_the_written_configuration_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("SOME_KEY", "checkpoints")
+    arguments = ["--models.student.init_from", "/data/checkpoints/a", "--job.description", "of checkpoints"]
+    with pytest.raises(UserError, match=r"models.student.init_from = '/data/\*\*\*/a': \*\*\* is the value of an env"):
+        load_config(arguments)
+    monkeypatch.setenv("SOME_KEY", "other-value")
+    monkeypatch.setenv("A_KEY", "of checkpoints")
+    assert load_config(arguments[2:]).to_dict()["job"]["description"] == "***"
 
 
 # -------------------------------------------------------------------------------------------------------- files

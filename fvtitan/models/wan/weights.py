@@ -17,7 +17,7 @@ from fvtitan.components.checkpoint import Checkpointer, ModelState, read_tensor_
 from fvtitan.components.files import file_sha256, write_atomic
 from fvtitan.components.lora import LoRAConfig, base_parameters, merge_adapter
 from fvtitan.components.rng import generator
-from fvtitan.distributed.utils import local_rows, local_tensor, reshard
+from fvtitan.distributed.utils import local_rows, local_tensor, on_every_rank, reshard
 from fvtitan.errors import UserError, listed, shortened
 from fvtitan.models.wan.adapter import config_to_diffusers, diffusers_names, flavor_config, to_diffusers_tensor
 from fvtitan.models.wan.files import WEIGHTS_NAME, WeightFiles, holds_average, open_weights
@@ -46,10 +46,7 @@ def weights_hash(model: RoleConfig) -> str:
     files = open_weights(model.init_from, model.init_weights)
     paths = [*([files.config] if files.config else []), *files.paths]
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    mine = {path.name: file_sha256(path) for path in paths[rank::world]}
-    hashes = [mine] * world
-    if world > 1:
-        dist.all_gather_object(hashes, mine)
+    hashes = on_every_rank(lambda: {path.name: file_sha256(path) for path in paths[rank::world]})
     everyone = sorted(item for part in hashes for item in part.items())
     return hashlib.sha256((json.dumps(everyone) + files.state).encode()).hexdigest()
 
@@ -103,7 +100,7 @@ class Adapter:
 def open_role(folder: str | Path, role: str, *, raw: bool) -> RoleWeights:
     """A role of `.../checkpoint/step-<N>`: its moving average where there is one, or with `raw` its own weights.
 
-    Every byte of the checkpoint is verified. Raises `UserError`, `DamagedCheckpoint`.
+    Every byte of the checkpoint is verified; all ranks call it, and share the reading. Raises `UserError`, `DamagedCheckpoint`.
     """
     folder = Path(folder)
     sizes, own = checkpoint_sizes(folder, role), f"roles.{role}.transformer"
