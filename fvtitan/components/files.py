@@ -52,6 +52,11 @@ def lock_file(path: str | Path) -> tuple[int, str]:
     unlocked = ""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not os.path.exists(path) or not os.path.samestat(os.fstat(descriptor), os.stat(path)):
+            os.close(
+                descriptor
+            )  # its holder removed it in between: the lock of a file that nobody finds locks nobody out
+            return lock_file(path)
     except BlockingIOError:
         holder = os.read(descriptor, 1000).decode(errors="replace").strip()
         os.close(descriptor)

@@ -228,21 +228,23 @@ def on_rank_zero(action: Callable[[], Any]) -> Any:
 def only_job(folder: str | Path) -> Iterator[None]:
     """One job at a time makes `folder`; all its ranks enter together. Raises `UserError` when another job is at it."""
     path = Path(folder)
+    lock = path.with_name(f".{path.name}.lock")
 
-    def lock() -> int:
+    def take() -> int:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            return lock_file(path.with_name(f".{path.name}.lock"))[0]
+            return lock_file(lock)[0]
         except BlockingIOError as error:
             raise UserError(
                 f"{path} is being made by {error.strerror}: when that is done, the same command uses it"
             ) from None
 
-    descriptor = on_rank_zero(lock)
+    descriptor = on_rank_zero(take)
     try:
         yield
     finally:
         if not dist.is_initialized() or dist.get_rank() == 0:
+            lock.unlink(missing_ok=True)  # while it is held: see lock_file
             os.close(descriptor)
 
 
