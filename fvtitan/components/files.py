@@ -69,6 +69,13 @@ def lock_file(path: str | Path) -> tuple[int, str]:
     return descriptor, unlocked
 
 
+def _is_at(descriptor: int, path: str | Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
 def open_safetensors(path: str | Path) -> Any:
     """`safetensors.safe_open` for PyTorch, which checks that the header has a sane size and that the tensors fill the file
     without holes and overlaps. Of a name that is there twice it would take the last. Raises `SafetensorError` or `OSError`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import fcntl
 import json
 import os
 import random
@@ -19,6 +20,7 @@ import torch
 
 from fvtitan import preprocess as pp
 from fvtitan.assets import tiny_wan_path
+from fvtitan.components.files import lock_file
 from fvtitan.data import moving_shapes as ms
 from fvtitan.data.dataloader import BatchStream
 from fvtitan.data.latent_cache import LatentCache
@@ -533,7 +535,25 @@ def test_one_job_at_a_time_makes_a_cache(tmp_path):
             pp.preprocess(cfg)
         assert not (tmp_path / "c").exists()
     pp.preprocess(cfg)
-    assert len(LatentCache(tmp_path / "c", prompts_only=True)) == 1
+    assert len(LatentCache(tmp_path / "c", prompts_only=True)) == 1 and not list(tmp_path.glob(".*"))
+
+
+def test_a_lock_that_its_holder_removes_is_taken_anew(tmp_path, monkeypatch):
+    """Between the opening of the file and its locking."""
+    first, _ = lock_file(tmp_path / "lock")
+    flock, removed = fcntl.flock, []
+
+    def meanwhile(descriptor, operation):
+        if not removed:
+            removed.append((tmp_path / "lock").unlink())
+            os.close(first)
+        flock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", meanwhile)
+    second, _ = lock_file(tmp_path / "lock")
+    with pytest.raises(BlockingIOError, match=f"pid {os.getpid()} on host"):
+        lock_file(tmp_path / "lock")
+    os.close(second)
 
 
 def test_files_that_are_no_prompts(tmp_path):
