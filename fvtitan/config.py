@@ -29,7 +29,7 @@ from fvtitan.components.optimizer import OptimizerConfig
 from fvtitan.components.resume import flattened
 from fvtitan.distributed.sequence_parallel import divisors
 from fvtitan.distributed.utils import CommConfig, world_size_from_environment
-from fvtitan.errors import UserError, cli, did_you_mean, redacted, shortened
+from fvtitan.errors import UserError, cli, did_you_mean, nearest_multiples, redacted, shortened
 from fvtitan.flow_matching import ScheduleConfig
 from fvtitan.methods import METHODS
 from fvtitan.methods.base import MethodConfig
@@ -41,12 +41,6 @@ from fvtitan.reference import reference
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise UserError(message)
-
-
-def _nearest_multiples(value: int, multiple: int, offset: int = 0) -> str:
-    below = (value - offset) // multiple * multiple + offset
-    options = [option for option in (below, below + multiple) if option > 0]
-    return " or ".join(map(str, options))
 
 
 @dataclass
@@ -253,13 +247,13 @@ class DataSection:
     def check(self) -> None:
         _require(
             self.num_frames >= 1 and self.num_frames % 4 == 1,
-            f"data.num_frames = {self.num_frames}: must be 4n + 1; nearest: {_nearest_multiples(self.num_frames, 4, 1)}",
+            f"data.num_frames = {self.num_frames}: must be 4n + 1; nearest: {nearest_multiples(self.num_frames, 4, 1)}",
         )
         for key in ("height", "width"):
             value = getattr(self, key)
             _require(
                 value >= 16 and value % 16 == 0,
-                f"data.{key} = {value}: must be a multiple of 16; nearest: {_nearest_multiples(max(value, 1), 16)}",
+                f"data.{key} = {value}: must be a multiple of 16; nearest: {nearest_multiples(value, 16)}",
             )
         _require(self.fps >= 1, f"data.fps = {self.fps}: must be >= 1")
         _require(self.num_workers >= 0, f"data.num_workers = {self.num_workers}: must be >= 0")
@@ -612,7 +606,7 @@ class JobConfig:
         _require(
             not training or total % (local * ranks) == 0,
             f"training.global_batch_size = {total}: must be a multiple of local_batch_size x data ranks = {local} x "
-            f"{ranks}; nearest: {_nearest_multiples(total, local * ranks)}",
+            f"{ranks}; nearest: {nearest_multiples(total, local * ranks)}",
         )
 
     def role_parallelism(self, role: str) -> ParallelismSection:
@@ -699,7 +693,7 @@ def _parse(annotation: Any, value: Any, key: str) -> Any:
     """`value` from TOML as `annotation`, strictly: no silent conversion but int -> float and list -> tuple."""
     origin, args = typing.get_origin(annotation), typing.get_args(annotation)
     if dataclasses.is_dataclass(annotation):
-        return _parse_dataclass(annotation, value, key)
+        return parse_dataclass(annotation, value, key)
     if origin in (types.UnionType, typing.Union):
         return _parse(next(arg for arg in args if arg is not type(None)), value, key)
     if origin is Literal:
@@ -723,7 +717,8 @@ def _parse(annotation: Any, value: Any, key: str) -> Any:
     raise UserError(f"{key} = {_shown(value)} has the wrong type {type(value).__name__}: need {_describe(annotation)}")
 
 
-def _parse_dataclass(cls: type, table: Any, key: str) -> Any:
+def parse_dataclass(cls: type, table: Any, key: str) -> Any:
+    """A table of TOML or JSON, called `key`, as a dataclass, strictly. Raises `UserError`."""
     if not isinstance(table, dict):
         raise UserError(f"{key} = {_shown(table)}: need a table [{key}]")
     hints = typing.get_type_hints(cls)
@@ -751,8 +746,8 @@ def read_toml(path: str | Path) -> JobConfig:
         name = method_table.get("name", "finetune") if isinstance(method_table, dict) else method_table
         if not isinstance(name, str) or name not in METHODS:
             raise UserError(f"method.name = {_shown(name)} is not a method.{did_you_mean(str(name)[:200], METHODS)}")
-        cfg = _parse_dataclass(JobConfig, table, "")
-        cfg.method = _parse_dataclass(METHODS[name].Config, method_table, "method")
+        cfg = parse_dataclass(JobConfig, table, "")
+        cfg.method = parse_dataclass(METHODS[name].Config, method_table, "method")
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     except RecursionError:

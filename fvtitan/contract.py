@@ -174,7 +174,7 @@ def read_contract(folder: str | Path) -> SamplerContract | None:
 
 
 def _parse(sampler: Any, text_len: Any) -> SamplerContract:
-    from fvtitan.config import _parse_dataclass
+    from fvtitan.config import parse_dataclass
 
     if not isinstance(sampler, dict):
         raise UserError(f"sampler = {sampler!r}: need an object")
@@ -186,7 +186,7 @@ def _parse(sampler: Any, text_len: Any) -> SamplerContract:
     if isinstance(sampler.get("causal"), dict) and "frames_per_block" not in sampler["causal"]:
         raise UserError("sampler.causal lacks frames_per_block")
     table = {key: value for key, value in sampler.items() if key not in ("format_version", *DERIVED)}
-    contract = _parse_dataclass(SamplerContract, {**table, "text_len": text_len}, "sampler")
+    contract = parse_dataclass(SamplerContract, {**table, "text_len": text_len}, "sampler")
     contract.check()
     for name in DERIVED:
         if not _near(sampler[name], getattr(contract, name)):

@@ -111,6 +111,11 @@ def world_size_from_environment() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
+def rank_and_world() -> tuple[int, int]:
+    """This process's rank, and how many there are; (0, 1) without a process group."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
 def local_tensor(tensor: Tensor) -> Tensor:
     """This rank's shard of a DTensor, sharing its memory; a plain tensor as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
@@ -212,7 +217,7 @@ def on_every_rank(action: Callable[[], Any]) -> list[Any]:
 def on_rank_zero(action: Callable[[], Any]) -> Any:
     """What `action` returns on rank 0, or the `UserError` it raises there, on every rank."""
     outcome: list[Any] = [None, ""]
-    if not dist.is_initialized() or dist.get_rank() == 0:
+    if rank_and_world()[0] == 0:
         try:
             outcome[0] = action()
         except UserError as error:
@@ -242,7 +247,7 @@ def only_job(folder: str | Path) -> Iterator[None]:
     try:
         yield
     finally:
-        if not dist.is_initialized() or dist.get_rank() == 0:
+        if rank_and_world()[0] == 0:
             os.close(descriptor)
 
 
