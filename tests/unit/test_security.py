@@ -55,7 +55,7 @@ FORBIDDEN = {
     r"start_debug_server|HTTPServer|socketserver": "a server",
 }
 ALLOWED = {
-    ("fvtitan/components/checkpoint.py", "class _Unpickler(pickle.Unpickler):"): "builds only the records it lists",
+    ("fvtitan/components/checkpoint_folder.py", "class _Unpickler(pickle.Unpickler):"): "builds the records it lists",
     ("benchmarks/run.py", "importlib.import_module"): "its own table of benchmarks, by the key of a choice",
     ("benchmarks/startup.py", "subprocess"): "this repository's train.py, by a list of words",
     ("fvtitan/distributed/utils.py", "gettempdir"): "a folder that must be the user's alone before it is used",
