@@ -20,6 +20,7 @@ from fvtitan.flow_matching import NUM_TIMESTEPS
 from fvtitan.models.blocks import CausalConfig
 from fvtitan.models.pipeline import CONTRACT_NAME
 from fvtitan.samplers import SamplerSpec
+from fvtitan.strict import parse_dataclass
 
 if TYPE_CHECKING:
     from fvtitan.config import JobConfig
@@ -174,8 +175,6 @@ def read_contract(folder: str | Path) -> SamplerContract | None:
 
 
 def _parse(sampler: Any, text_len: Any) -> SamplerContract:
-    from fvtitan.config import parse_dataclass
-
     if not isinstance(sampler, dict):
         raise UserError(f"sampler = {sampler!r}: need an object")
     if (version := sampler.get("format_version")) != FORMAT_VERSION:
