@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from fvtitan.components import faults
 from fvtitan.components.files import lock_file
-from fvtitan.errors import UserError, redacted
+from fvtitan.errors import UserError, is_disk_full, redacted
 
 
 @dataclass
@@ -231,7 +231,8 @@ def on_rank_zero(action: Callable[[], Any]) -> Any:
 
 @contextlib.contextmanager
 def only_job(folder: str | Path) -> Iterator[None]:
-    """One job at a time makes `folder`; all its ranks enter together. Raises `UserError` when another job is at it."""
+    """One job at a time makes `folder`; all its ranks enter together. Raises `UserError` when another job is at it, or when
+    there can be no such folder."""
     path = Path(folder)
 
     def lock() -> int:
@@ -242,6 +243,10 @@ def only_job(folder: str | Path) -> Iterator[None]:
             raise UserError(
                 f"{path} is being made by {error.strerror}: when that is done, the same command uses it"
             ) from None
+        except OSError as error:
+            if is_disk_full(error):
+                raise
+            raise UserError(f"{path} cannot be made ({error.strerror}): name another folder") from None
 
     descriptor = on_rank_zero(lock)
     try:
