@@ -236,8 +236,8 @@ def only_job(folder: str | Path) -> Iterator[None]:
     path = Path(folder)
 
     def lock() -> int:
-        path.parent.mkdir(parents=True, exist_ok=True)
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             return lock_file(path.with_name(f".{path.name}.lock"))[0]
         except BlockingIOError as error:
             raise UserError(
