@@ -17,13 +17,14 @@ import torch.distributed as dist
 
 import fvtitan
 from fvtitan.components import faults
-from fvtitan.components.checkpoint import Checkpointer, TrainState
+from fvtitan.components.checkpoint import Checkpointer
 from fvtitan.components.ema import EMA
 from fvtitan.components.files import write_atomic
 from fvtitan.components.metrics import MetricLogger
 from fvtitan.components.nonfinite import NonFinite
 from fvtitan.components.resume import check_changes
 from fvtitan.components.rng import seed_global_generators
+from fvtitan.components.stateful import TrainState
 from fvtitan.components.stops import Stops
 from fvtitan.components.validation import Validator
 from fvtitan.components.watchdog import Watchdog

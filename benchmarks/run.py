@@ -72,7 +72,7 @@ def main() -> None:
             continue
         report["benchmarks"][name] = result.to_json()
         print(f"{to_markdown(name, result)}\n({time.perf_counter() - start:.0f} s)\n", flush=True)
-        write(args.output, report, names)
+        write(args.output, report)
     if failed:
         sys.exit(f"failed: {', '.join(failed)}")
 
@@ -100,7 +100,7 @@ def _lines(path: str) -> list[str]:
     return Path(path).read_text().splitlines() if Path(path).is_file() else []
 
 
-def write(folder: Path, report: dict[str, Any], names: list[str]) -> None:
+def write(folder: Path, report: dict[str, Any]) -> None:
     """`results.json` and `results.md`, of what is there so far."""
     from benchmarks.harness import Result, Row
 

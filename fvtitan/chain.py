@@ -1,6 +1,6 @@
 """The chain on a laptop: from the shipped tiny-wan to few-step and streaming students, judged in one table and one picture.
 
-    python -m fvtitan.chain                                   # about 40 minutes on 2 CPU cores
+    python -m fvtitan.chain                                   # about 35 minutes on 2 CPU cores
     python -m fvtitan.chain --seeds 0 1 2 --output outputs/chain
 
 Trains `tiny_dfsft.toml`, `tiny_kd.toml`, `tiny_dmd2.toml`, `tiny_kd_causal.toml` and `tiny_self_forcing.toml` with train.py, as
@@ -158,17 +158,18 @@ class Runner:
     output: Path
     jobs: int
     running: dict[Stage, tuple[subprocess.Popen, float]] = field(default_factory=dict)
-    stopped_by: int = 0
+    stops: int = 0
+    """Signals that have asked for a stop."""
 
     def run(self, stages: Sequence[Stage]) -> int:
         """0, 1 when a stage failed, 75 when a signal stopped it. What runs beside a failed stage is stopped, and saves."""
         handlers = {
             number: signal.signal(number, self._stop) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
         }
-        waiting, done, failed = list(stages), set(), False
+        waiting, done, failed, passed_on = list(stages), set(), False, 0
         try:
-            while self.running or (waiting and not failed and not self.stopped_by):
-                able = [] if failed or self.stopped_by else [s for s in waiting if done.issuperset(s.after)]
+            while self.running or (waiting and not failed and not self.stops):
+                able = [] if failed or self.stops else [s for s in waiting if done.issuperset(s.after)]
                 for stage in able[: self.jobs - len(self.running)]:
                     waiting.remove(stage)
                     if self._is_done(stage):
@@ -180,13 +181,16 @@ class Runner:
                 for stage in [s for s, (process, _) in self.running.items() if process.poll() is not None]:
                     if self._end(stage):
                         done.add(stage.name)
-                    elif not failed:
+                    elif not (failed or self.stops):  # one that was stopped is no failure
                         failed = True
-                        self._signal(signal.SIGTERM)
+                        self._terminate()
+                if self.stops > passed_on:  # here, so that none misses it that was being started
+                    passed_on = self.stops
+                    self._terminate()
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
-        if self.stopped_by:
+        if self.stops:
             say("stopped; the same command goes on from here")
             return EXIT_STOPPED
         return 1 if failed else 0
@@ -220,7 +224,7 @@ class Runner:
             if stage.model is not None:
                 write_json(self._mark(stage), request(stage))
             return True
-        if not self.stopped_by:
+        if not self.stops:
             lines = self._log(stage).read_text(errors="replace").splitlines()[-20:]
             say(f"{stage.name}: status {process.returncode} after {minutes(seconds)}\n  " + "\n  ".join(lines))
         return False
@@ -238,13 +242,13 @@ class Runner:
     def _log(self, stage: Stage) -> Path:
         return self.output / "log" / f"{stage.name}.log"
 
-    def _stop(self, number: int, _frame: object) -> None:
-        self.stopped_by = number
-        self._signal(signal.SIGTERM)
+    def _stop(self, *_: object) -> None:
+        self.stops += 1
 
-    def _signal(self, number: int) -> None:
+    def _terminate(self) -> None:
+        """They save and end; at a second time they leave at once."""
         for process, _ in self.running.values():
-            process.send_signal(number)
+            process.terminate()
 
 
 def request(stage: Stage) -> dict[str, Any]:

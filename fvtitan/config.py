@@ -8,12 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
-import json
-import math
-import re
 import sys
-import types
-import typing
 from contextlib import redirect_stderr
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,24 +24,19 @@ from fvtitan.components.optimizer import OptimizerConfig
 from fvtitan.components.resume import flattened
 from fvtitan.distributed.sequence_parallel import divisors
 from fvtitan.distributed.utils import CommConfig, world_size_from_environment
-from fvtitan.errors import UserError, cli, did_you_mean, redacted, shortened
+from fvtitan.errors import UserError, cli, did_you_mean, nearest_multiples, redacted
 from fvtitan.flow_matching import ScheduleConfig
 from fvtitan.methods import METHODS
 from fvtitan.methods.base import MethodConfig
 from fvtitan.models import MODELS, families, is_causal
 from fvtitan.models.blocks import CausalConfig
 from fvtitan.reference import reference
+from fvtitan.strict import check_numbers, dotted, parse_dataclass, shown
 
 
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise UserError(message)
-
-
-def _nearest_multiples(value: int, multiple: int, offset: int = 0) -> str:
-    below = (value - offset) // multiple * multiple + offset
-    options = [option for option in (below, below + multiple) if option > 0]
-    return " or ".join(map(str, options))
 
 
 @dataclass
@@ -253,13 +243,13 @@ class DataSection:
     def check(self) -> None:
         _require(
             self.num_frames >= 1 and self.num_frames % 4 == 1,
-            f"data.num_frames = {self.num_frames}: must be 4n + 1; nearest: {_nearest_multiples(self.num_frames, 4, 1)}",
+            f"data.num_frames = {self.num_frames}: must be 4n + 1; nearest: {nearest_multiples(self.num_frames, 4, 1)}",
         )
         for key in ("height", "width"):
             value = getattr(self, key)
             _require(
                 value >= 16 and value % 16 == 0,
-                f"data.{key} = {value}: must be a multiple of 16; nearest: {_nearest_multiples(max(value, 1), 16)}",
+                f"data.{key} = {value}: must be a multiple of 16; nearest: {nearest_multiples(value, 16)}",
             )
         _require(self.fps >= 1, f"data.fps = {self.fps}: must be >= 1")
         _require(self.num_workers >= 0, f"data.num_workers = {self.num_workers}: must be >= 0")
@@ -524,7 +514,7 @@ class JobConfig:
 
     def check(self) -> None:
         """Everything that can be known before any work. Raises `UserError` at the first problem."""
-        _check_numbers(dataclasses.asdict(self))
+        check_numbers(dataclasses.asdict(self))
         _check_redacted(dataclasses.asdict(self))
         for section in (
             "schedule",
@@ -544,7 +534,7 @@ class JobConfig:
         for role, model in self.models.items():
             _require(
                 role in roles,
-                f"[models.{_dotted('', role)}] is not a role of {self.method.name!r}.{did_you_mean(role, roles)}",
+                f"[models.{dotted('', role)}] is not a role of {self.method.name!r}.{did_you_mean(role, roles)}",
             )
             model.check(role)
             self.role_optimizer(role).check(f"models.{role}.optimizer")
@@ -612,7 +602,7 @@ class JobConfig:
         _require(
             not training or total % (local * ranks) == 0,
             f"training.global_batch_size = {total}: must be a multiple of local_batch_size x data ranks = {local} x "
-            f"{ranks}; nearest: {_nearest_multiples(total, local * ranks)}",
+            f"{ranks}; nearest: {nearest_multiples(total, local * ranks)}",
         )
 
     def role_parallelism(self, role: str) -> ParallelismSection:
@@ -656,20 +646,6 @@ def _plain(tree: Any) -> Any:
     return redacted(tree) if isinstance(tree, str) else tree
 
 
-def _check_numbers(tree: Any, key: str = "") -> None:
-    """Raise `UserError` for a NaN or an infinity, which comparisons let pass, and for an integer beyond TOML's 64 bits."""
-    if isinstance(tree, dict):
-        for name, value in tree.items():
-            _check_numbers(value, _dotted(key, name))
-    elif isinstance(tree, list | tuple):
-        for i, value in enumerate(tree):
-            _check_numbers(value, f"{key}[{i}]")
-    elif isinstance(tree, float):
-        _require(math.isfinite(tree), f"{key} = {tree}: must be a finite number")
-    elif isinstance(tree, int):
-        _require(-(2**63) <= tree < 2**63, f"{key} is an integer of more than 64 bits")
-
-
 def _check_redacted(tree: dict[str, Any]) -> None:
     """Raise `UserError` for a value that `to_toml` would write with `***` in it: reading it back would give another."""
     for key, value in flattened(tree).items():
@@ -679,60 +655,6 @@ def _check_redacted(tree: dict[str, Any]) -> None:
                     f"{key} = {written!r}: *** is the value of an environment variable whose name says key, token, secret or "
                     "password, which no file of a run may hold: use another value, or unset the variable"
                 )
-
-
-def _dotted(key: str, name: str) -> str:
-    """The key of an entry of a table, quoted where TOML would."""
-    name = name if re.fullmatch(r"[A-Za-z0-9_-]+", name) else json.dumps(name)
-    return f"{key}.{name}" if key else name
-
-
-def _shown(value: Any) -> str:
-    return shortened(repr(value))
-
-
-def _describe(annotation: Any) -> str:
-    return annotation.__name__ if isinstance(annotation, type) else str(annotation).replace("typing.", "")
-
-
-def _parse(annotation: Any, value: Any, key: str) -> Any:
-    """`value` from TOML as `annotation`, strictly: no silent conversion but int -> float and list -> tuple."""
-    origin, args = typing.get_origin(annotation), typing.get_args(annotation)
-    if dataclasses.is_dataclass(annotation):
-        return _parse_dataclass(annotation, value, key)
-    if origin in (types.UnionType, typing.Union):
-        return _parse(next(arg for arg in args if arg is not type(None)), value, key)
-    if origin is Literal:
-        if value in args and type(value) in {type(arg) for arg in args}:
-            return value
-        raise UserError(f"{key} = {_shown(value)} is not allowed.{did_you_mean(str(value)[:200], map(str, args))}")
-    if origin is dict and isinstance(value, dict):
-        return {name: _parse(args[1], entry, _dotted(key, name)) for name, entry in value.items()}
-    if origin in (tuple, list) and isinstance(value, list):
-        variadic = origin is list or args[-1] is Ellipsis
-        if not variadic and len(value) != len(args):
-            raise UserError(f"{key} = {_shown(value)}: need {len(args)} values, got {len(value)}")
-        kinds = [args[0]] * len(value) if variadic else args
-        return origin(
-            _parse(kind, entry, f"{key}[{i}]") for i, (kind, entry) in enumerate(zip(kinds, value, strict=True))
-        )
-    if annotation is float and type(value) is int and float(value) == value:
-        return float(value)
-    if origin is None and type(value) is annotation:
-        return value
-    raise UserError(f"{key} = {_shown(value)} has the wrong type {type(value).__name__}: need {_describe(annotation)}")
-
-
-def _parse_dataclass(cls: type, table: Any, key: str) -> Any:
-    if not isinstance(table, dict):
-        raise UserError(f"{key} = {_shown(table)}: need a table [{key}]")
-    hints = typing.get_type_hints(cls)
-    names = [f.name for f in dataclasses.fields(cls)]
-    for name in table:
-        if name not in names:
-            where = _dotted(key, name) if key else f"[{_dotted(key, name)}]"
-            raise UserError(f"unknown key {shortened(where)}.{did_you_mean(name[:200], names)}")
-    return cls(**{name: _parse(hints[name], value, _dotted(key, name)) for name, value in table.items()})
 
 
 def read_toml(path: str | Path) -> JobConfig:
@@ -746,13 +668,13 @@ def read_toml(path: str | Path) -> JobConfig:
     except (OSError, ValueError, RecursionError) as error:  # ValueError: not TOML, not UTF-8, or too many digits
         raise UserError(f"{path}: not a TOML file: {error}") from None
     try:
-        _check_numbers(table)
+        check_numbers(table)
         method_table = table.pop("method", {})
         name = method_table.get("name", "finetune") if isinstance(method_table, dict) else method_table
         if not isinstance(name, str) or name not in METHODS:
-            raise UserError(f"method.name = {_shown(name)} is not a method.{did_you_mean(str(name)[:200], METHODS)}")
-        cfg = _parse_dataclass(JobConfig, table, "")
-        cfg.method = _parse_dataclass(METHODS[name].Config, method_table, "method")
+            raise UserError(f"method.name = {shown(name)} is not a method.{did_you_mean(str(name)[:200], METHODS)}")
+        cfg = parse_dataclass(JobConfig, table, "")
+        cfg.method = parse_dataclass(METHODS[name].Config, method_table, "method")
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     except RecursionError:

@@ -20,6 +20,7 @@ from fvtitan.flow_matching import NUM_TIMESTEPS
 from fvtitan.models.blocks import CausalConfig
 from fvtitan.models.pipeline import CONTRACT_NAME
 from fvtitan.samplers import SamplerSpec
+from fvtitan.strict import parse_dataclass
 
 if TYPE_CHECKING:
     from fvtitan.config import JobConfig
@@ -174,8 +175,6 @@ def read_contract(folder: str | Path) -> SamplerContract | None:
 
 
 def _parse(sampler: Any, text_len: Any) -> SamplerContract:
-    from fvtitan.config import _parse_dataclass
-
     if not isinstance(sampler, dict):
         raise UserError(f"sampler = {sampler!r}: need an object")
     if (version := sampler.get("format_version")) != FORMAT_VERSION:
@@ -186,7 +185,7 @@ def _parse(sampler: Any, text_len: Any) -> SamplerContract:
     if isinstance(sampler.get("causal"), dict) and "frames_per_block" not in sampler["causal"]:
         raise UserError("sampler.causal lacks frames_per_block")
     table = {key: value for key, value in sampler.items() if key not in ("format_version", *DERIVED)}
-    contract = _parse_dataclass(SamplerContract, {**table, "text_len": text_len}, "sampler")
+    contract = parse_dataclass(SamplerContract, {**table, "text_len": text_len}, "sampler")
     contract.check()
     for name in DERIVED:
         if not _near(sampler[name], getattr(contract, name)):

@@ -41,6 +41,13 @@ def did_you_mean(word: str, options: Iterable[str]) -> str:
     return f" Did you mean {near[0]!r}?" if near else f" Allowed: {', '.join(options)}."
 
 
+def nearest_multiples(value: int, multiple: int, offset: int = 0) -> str:
+    """`"81 or 85"`: the positive numbers on both sides of `value` that are a multiple more than `offset`."""
+    below = (value - offset) // multiple * multiple + offset
+    options = [option for option in (below, below + multiple) if option > 0]
+    return " or ".join(map(str, options or [offset or multiple]))
+
+
 def redacted(text: str) -> str:
     """`text` with `***` for the value of every environment variable whose name says key, token, secret or password. Values
     shorter than 8 characters, and paths that exist, are none."""

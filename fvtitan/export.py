@@ -33,7 +33,7 @@ from torch import Tensor
 
 import fvtitan
 from fvtitan.components import faults
-from fvtitan.components.checkpoint import DiskFull, read_tensor_names
+from fvtitan.components.checkpoint_folder import DiskFull, read_tensor_names
 from fvtitan.components.files import fsync_path
 from fvtitan.components.model_card import model_card
 from fvtitan.config import read_toml

@@ -1,4 +1,4 @@
-"""Everything about sigma: the shift, the noising path, velocity <-> x0 <-> noise, how sigma is drawn, loss weights, ladders.
+"""Everything about sigma: the shift, the noising path, velocity -> x0, how sigma is drawn, loss weights, ladders.
 
 Notation (Flow Matching, arXiv:2210.02747; SD3, arXiv:2403.03206): `x = (1 - sigma) x0 + sigma eps`, `v = eps - x0`,
 `x0 = x - sigma v`. `sigma` is float32 in [0, 1], one value per latent frame `[B, T]`; latents are `[B, T, C, H, W]`.
@@ -82,16 +82,6 @@ def velocity(x0: Tensor, noise: Tensor) -> Tensor:
 def velocity_to_x0(x: Tensor, v: Tensor, sigma: Tensor) -> Tensor:
     """`x - sigma v`."""
     return _wide(x) - _per_element(sigma, x) * _wide(v)
-
-
-def velocity_to_noise(x: Tensor, v: Tensor, sigma: Tensor) -> Tensor:
-    """`x + (1 - sigma) v`: the noise implied by a velocity."""
-    return _wide(x) + (1 - _per_element(sigma, x)) * _wide(v)
-
-
-def x0_to_velocity(x: Tensor, x0: Tensor, sigma: Tensor) -> Tensor:
-    """`(x - x0) / sigma`; sigma must be > 0."""
-    return (_wide(x) - _wide(x0)) / _per_element(sigma, x)
 
 
 def sample_sigma(uniform: Tensor, schedule: ScheduleConfig) -> Tensor:

@@ -45,8 +45,8 @@ from fvtitan.config import RoleConfig, read_toml
 from fvtitan.contract import SamplerContract, contract_of, read_contract
 from fvtitan.data.listing import CAPTION_KEYS
 from fvtitan.data.video import VideoWriter
-from fvtitan.distributed.utils import close_distributed, on_rank_zero
-from fvtitan.errors import UserError, cli, did_you_mean
+from fvtitan.distributed.utils import close_distributed, on_rank_zero, rank_and_world
+from fvtitan.errors import UserError, cli, did_you_mean, nearest_multiples
 from fvtitan.flow_matching import NUM_TIMESTEPS, ScheduleConfig, euler_ladder, few_step_ladder
 from fvtitan.models import MODELS
 from fvtitan.models.base import CausalModelBase, ModelBase
@@ -283,13 +283,11 @@ def check_flags(args: argparse.Namespace) -> None:
     """What can be known of the flags alone. Raises `UserError`."""
     frames = args.num_frames
     if frames is not None and (frames < 1 or frames % 4 != 1):
-        below = max(1, (frames - 1) // 4 * 4 + 1)
-        raise UserError(f"--num-frames {frames}: must be 4n + 1; nearest: {below} or {below + 4}")
+        raise UserError(f"--num-frames {frames}: must be 4n + 1; nearest: {nearest_multiples(frames, 4, 1)}")
     for name in ("height", "width"):
         value = getattr(args, name)
         if value is not None and (value < 16 or value % 16):
-            below = max(16, value // 16 * 16)
-            raise UserError(f"--{name} {value}: must be a multiple of 16; nearest: {below} or {below + 16}")
+            raise UserError(f"--{name} {value}: must be a multiple of 16; nearest: {nearest_multiples(value, 16)}")
     for name, least in (("fps", 1), ("steps", 1), ("seed", 0)):
         value = getattr(args, name)
         if value is not None and value < least:
@@ -387,7 +385,7 @@ def make_video(
 
 def run(args: argparse.Namespace, device: torch.device) -> None:
     """Everything; all ranks of the process group, if there is one, take part. Raises `UserError` for bad input."""
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank, world = rank_and_world()
     # ------------------------------------------------------------------ everything that can be known before any work
     check_flags(args)
     prompts = read_prompt_file(args.prompt_file) if args.prompt_file else [(text, None) for text in args.prompts]

@@ -206,7 +206,7 @@ def fake_job(world_size: int) -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
-        for cached in (attention.rope_table, attention._block_mask):
+        for cached in (attention.rope_table, attention.block_mask):
             cached.cache_clear()  # they hold tensors without data
 
 
@@ -256,7 +256,7 @@ def run_phases(cfg: JobConfig, mesh: Mesh, sizes: Mapping[str, Any]) -> tuple[di
                     made = Phase(calls=traffic.calls, traffic=traffic.bytes)
                     phase = phase.plus(made, 1 if last else accumulation - 1)
                 method.optimizers[role].zero_grad()
-                phase.peak, phase.cache = live.peak, sum(_cache_bytes(model) for model in models.values())
+                phase.peak, phase.cache = live.peak, sum(model.cache_bytes() for model in models.values())
                 phases[role] = phase
     return memory, phases
 
@@ -269,12 +269,6 @@ def _accumulation(cfg: JobConfig, world_size: int) -> int:
 def _longest_step(method: TrainingMethod) -> int:
     """Among the first steps, that with the longest rollout."""
     return max(range(1, 65), key=lambda step: sum(rung + 1 for rung in method.exit_rungs(step, "student")))
-
-
-def _cache_bytes(model: ModelBase) -> int:
-    cache = getattr(model, "_cache", None)
-    layers = cache[1].layers if cache else []
-    return sum(tensor.nbytes for layer in layers for tensor in vars(layer).values())
 
 
 def measure(cfg: JobConfig, mesh: Mesh, sizes: Mapping[str, Any]) -> tuple[dict[str, RoleMemory], dict[str, Phase]]:

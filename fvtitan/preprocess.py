@@ -51,7 +51,7 @@ from fvtitan.data.listing import (
     list_records,
 )
 from fvtitan.data.video import Isolated, VideoError, VideoLimits, probe_video, read_video
-from fvtitan.distributed.utils import close_distributed, on_rank_zero, only_job
+from fvtitan.distributed.utils import close_distributed, on_rank_zero, only_job, rank_and_world
 from fvtitan.errors import UserError, cli
 
 SHARD_SAMPLES = 64
@@ -410,7 +410,7 @@ def preprocess(cfg: PreprocessConfig) -> None:
 def _preprocess(cfg: PreprocessConfig) -> None:
     from fvtitan.models.encoders import TextEncoder, VideoVAE
 
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank, world = rank_and_world()
     output = Path(cfg.output)
 
     def plan() -> tuple[list[Record], list[Record], dict[str, Any], bool]:

@@ -16,7 +16,6 @@ from fvtitan.models.blocks import block_starts
 VelocityFn = Callable[[Tensor, Tensor], Tensor]
 """`(x [B, T, C, H, W], sigma [B, T]) -> velocity [B, T, C, H, W]`"""
 
-
 FreshNoise = Callable[[int], Tensor]
 """`rung -> noise [B, T, C, H, W]` of the whole video, for re-noising to that rung of the ladder; the last rung's is for the
 context."""

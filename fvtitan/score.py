@@ -37,7 +37,7 @@ from fvtitan.data.moving_shapes import (
     render_clip,
     summarise,
 )
-from fvtitan.errors import UserError, cli
+from fvtitan.errors import UserError, cli, nearest_multiples
 from fvtitan.flow_matching import euler_ladder, few_step_ladder
 from fvtitan.generate import load_model, parse_rungs
 from fvtitan.models.base import CausalModelBase, ModelBase
@@ -251,7 +251,7 @@ def main() -> None:
     args = parser.parse_args()
     for frames in args.num_frames:
         if frames < 1 or frames % 4 != 1:
-            raise UserError(f"--num-frames {frames}: must be 4n + 1; nearest: {max(0, frames // 4) * 4 + 1}")
+            raise UserError(f"--num-frames {frames}: must be 4n + 1; nearest: {nearest_multiples(frames, 4, 1)}")
     for option, values in (("--steps", args.steps), ("--num-videos", args.num_videos)):
         if min(values) < 1:
             raise UserError(f"{option} {min(values)}: must be >= 1")

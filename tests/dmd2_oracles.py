@@ -181,7 +181,7 @@ def check_gradient(cache: Path, folder: Path, sigma: float, draws: int = 4_000_0
     loss, metrics = method.student_step(batch, 1)
     loss.backward()
     gradient, again = method.score(
-        generated.detach(), method.prompt_embeds(batch), method.streams(batch, 1, "student"), batch, 1
+        generated.detach(), method.prompt_embeds(batch), method.streams(batch, 1, "student"), 1
     )
     scale = float(metrics["dmd/student_real_distance"])
     assert scale == float(again["dmd/student_real_distance"])
@@ -522,7 +522,7 @@ def check_gradient_of_the_last_forward_alone(cache: Path, folder: Path) -> None:
         network.zero_grad()
         generated = method.student.predict_x0(calls[rung]["noisy"], calls[rung]["sigma"], calls[rung]["cond"])
         streams = method.streams(batch, step, "student")
-        gradient, _ = method.score(generated.detach(), method.prompt_embeds(batch), streams, batch, step)
+        gradient, _ = method.score(generated.detach(), method.prompt_embeds(batch), streams, step)
         (generated * gradient / gradient.numel()).sum().backward()
         for ours, parameter in zip(found, network.parameters(), strict=True):
             close((ours - parameter.grad).norm() / parameter.grad.norm(), 0, 1e-5)

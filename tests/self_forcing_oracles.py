@@ -192,7 +192,7 @@ def check_gradient(method: SelfForcingMethod, step: int, tolerance: float = 1e-5
         rollout = rolled(method, batch, step)
     frames, first = method.cfg.data.latent_size()[0], first_trained(method, step)
     total = rollout.video.shape[1]
-    gradient, _ = method.score(rollout.video[:, -frames:], prompts, streams, batch, step)
+    gradient, _ = method.score(rollout.video[:, -frames:], prompts, streams, step)
     masked = 0 if total == frames else first_trained(method, step) - (total - frames)
     slope = torch.zeros_like(rollout.video, dtype=gradient.dtype)
     slope[:, total - frames + masked :] = gradient[:, masked:] / gradient[:, masked:].numel()
@@ -443,7 +443,7 @@ def trained_chain(method: SelfForcingMethod, updates: int, batch_size: int, *, w
                 own, z = method.student.transformer, noise[:, k : k + 1]
                 frames.append(own.gain * frames[-1] + NOISE * z if k else own.start * z)
             video = torch.cat(frames, 1)
-            gradient, metrics = method.score(video.detach(), prompts, streams, batch, step)
+            gradient, metrics = method.score(video.detach(), prompts, streams, step)
             return distribution_matching_loss(video, gradient), metrics
 
         method.student_step = student_step

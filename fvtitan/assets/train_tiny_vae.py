@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fvtitan.components.rng import fold
-from fvtitan.data.moving_shapes import judge_video, render_clip, summarise, training_combinations
+from fvtitan.data.moving_shapes import render_clip, training_combinations
 
 VAE_CONFIG = {
     "base_dim": 16,
@@ -161,19 +161,3 @@ def latent_statistics(vae, seed: int) -> tuple[Tensor, Tensor]:
     latents = sample_latents(vae, seed)
     mean, std = latents.mean((0, 2, 3, 4)), latents.std((0, 2, 3, 4))
     return mean, (std * std.mean()).sqrt()
-
-
-@torch.no_grad()
-def round_trip_scores(vae, num_frames: int, seed: int = 1, every: int = 6) -> dict[str, float]:
-    """The judge's scores, and the PSNR, of every 6th combination after encode and decode."""
-    from fvtitan.data.moving_shapes import all_combinations
-
-    judged, errors = [], []
-    for attributes in all_combinations()[::every]:
-        clip = render_clip(attributes, num_frames=num_frames, seed=seed)
-        pixels = to_pixels(clip[None])
-        decoded = vae.decode(vae.encode(pixels).latent_dist.mode()).sample
-        errors.append(float((decoded - pixels).square().mean()))
-        frames = ((decoded[0].permute(1, 2, 3, 0) + 1) * 127.5).round().to(torch.uint8)
-        judged.append(judge_video(frames, attributes.caption))
-    return {**summarise(judged), "psnr": 10 * math.log10(4 / (sum(errors) / len(errors)))}

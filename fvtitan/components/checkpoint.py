@@ -1,13 +1,8 @@
-"""Checkpoints that are whole or invisible.
+"""Saves and resumes: checkpoints that are whole or invisible.
 
-    <folder>/step-<N>/  __<rank>_<i>.distcp, .metadata   every tensor, by torch.distributed.checkpoint, sharded
-                        state.json                       everything that is not a tensor
-                        config.toml, versions.json, ...  extra files
-                        manifest.json                    name, size and sha256 of each file above
-
-A checkpoint is written to `step-<N>.tmp`, synced, and renamed; readers see only names `step-<digits>` whose manifest
-fits. Loading verifies every byte and compares all names and shapes before it touches the first parameter. Nothing that
-can execute code is unpickled.
+A checkpoint (`checkpoint_folder` has what is in one) is written to `step-<N>.tmp`, synced, and renamed; readers see only
+names `step-<digits>` whose manifest fits. Loading verifies every byte and compares all names and shapes before it touches
+the first parameter.
 
 A file `keep` in a checkpoint, made by hand, keeps it from being removed; a run that goes back from a damaged one puts it
 there. What a new checkpoint of the same step must not replace becomes `step-<N>.aside`.
@@ -16,15 +11,12 @@ there. What a new checkpoint of the same step must not replace becomes `step-<N>
 from __future__ import annotations
 
 import datetime
-import io
 import itertools
 import json
 import logging
-import pickle
 import re
 import shutil
 import time
-import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -36,40 +28,30 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint import filesystem, metadata
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint import metadata
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.tensor import DTensor, Replicate
 
 from fvtitan.components import faults
-from fvtitan.components.files import file_sha256, fsync_path, write_atomic
-from fvtitan.components.stateful import (
-    ModelState,
-    OptimizerState,
-    RandomState,
-    SchedulerState,
-    Stateful,
-    TrainState,
+from fvtitan.components.checkpoint_folder import (
+    CheckpointError,
+    DamagedCheckpoint,
+    DiskFull,
+    dcp_errors,
+    file_entry,
+    is_complete,
+    read_index,
+    read_into,
+    verify_share,
 )
-from fvtitan.distributed.utils import local_tensor, on_every_rank
-from fvtitan.errors import EXIT_DISK_FULL, UserError, is_disk_full, listed, shortened
+from fvtitan.components.files import fsync_path, write_atomic
+from fvtitan.components.stateful import Stateful
+from fvtitan.distributed.utils import local_tensor
+from fvtitan.errors import UserError, is_disk_full, listed, shortened
 
 if TYPE_CHECKING:
     from fvtitan.config import CheckpointSection
-
-__all__ = [
-    "CheckpointError",
-    "Checkpointer",
-    "DamagedCheckpoint",
-    "DiskFull",
-    "ModelState",
-    "OptimizerState",
-    "RandomState",
-    "SchedulerState",
-    "Stateful",
-    "TrainState",
-]
 
 logger = logging.getLogger(__name__)
 
@@ -78,20 +60,6 @@ _TEMPORARY = re.compile(r"(step-(?:0|[1-9][0-9]*))(\.old)?\.tmp")
 _MARKER = ".fvtitan-checkpoint"  # in every folder we made: nothing without it is ever removed
 _KEEP = "keep"
 _PER_RANK = "random_state"  # may be missing or left over: ranks come and go
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint could not be written. Earlier ones are as they were."""
-
-
-class DiskFull(CheckpointError):
-    """There is no room for a checkpoint or an export. The message names the path, the bytes needed and those free."""
-
-    exit_status = EXIT_DISK_FULL
-
-
-class DamagedCheckpoint(UserError):
-    """A checkpoint is not what was written: a file is missing, cut short or changed. Nothing was loaded."""
 
 
 class Checkpointer:
@@ -148,7 +116,7 @@ class Checkpointer:
         if not self.folder.is_dir():
             return []
         names = (_STEP.fullmatch(path.name) for path in self.folder.iterdir())
-        return sorted(int(name[1]) for name in names if name and _is_complete(self.folder / name[0]))
+        return sorted(int(name[1]) for name in names if name and is_complete(self.folder / name[0]))
 
     def find(self, section: CheckpointSection) -> Path | None:
         """What to start from: this folder (`load_step` or the latest), else `initial_load_path`, else None. All of it has
@@ -308,7 +276,7 @@ class Checkpointer:
             self._everywhere(what, lambda: self._on_rank0(lambda: self._begin(temporary)))
             self._everywhere(what, lambda: self._on_rank0(lambda: self._check_space(needed)))
             faults.reach("save.before_shards", step)
-            with _dcp_errors(what, self.folder), _quiet():
+            with dcp_errors(what, self.folder):
                 dcp.save(
                     tensors,
                     storage_writer=_Writer(temporary, step),
@@ -373,7 +341,7 @@ class Checkpointer:
         if replaced:
             problem, _ = self._read_all(target)
             replaced = not problem
-        entries = self._everywhere(what, lambda: [_entry(file) for file in self._my_files(temporary)])
+        entries = self._everywhere(what, lambda: [file_entry(file) for file in self._my_files(temporary)])
 
         def publish() -> None:
             files = sorted((entry for part in entries for entry in part), key=lambda entry: entry["name"])
@@ -426,7 +394,7 @@ class Checkpointer:
             if not name or not (path / _MARKER).exists():
                 continue
             target = self.folder / name[1]
-            if name[2] and not target.exists() and _is_complete(path):
+            if name[2] and not target.exists() and is_complete(path):
                 path.rename(target)
                 continue
             print(f"removing the incomplete checkpoint {path}", flush=True)
@@ -458,7 +426,7 @@ class Checkpointer:
         problem, files = ("", found[1]) if found and found[0] == path else self._read_all(path)
         if problem:
             self._refuse(path, problem)
-        saved_tensors, saved_plain = self._everywhere(what, lambda: _read_index(path, files), share=False)
+        saved_tensors, saved_plain = self._everywhere(what, lambda: read_index(path, files), share=False)
 
         def plan() -> tuple[list[str], dict[str, Any], dict[str, Tensor]]:
             names, templates, tensors = _match(states, saved_tensors, saved_plain, allow_missing)
@@ -468,13 +436,7 @@ class Checkpointer:
         names, templates, tensors = self._everywhere(what, plan, share=False)
         for name in sorted(set(states) - set(names)):
             logger.warning("%s is not in %s: it starts anew", name, path)
-        with _dcp_errors(what, path), _quiet():
-            dcp.load(
-                tensors,
-                storage_reader=_Reader(path, files),
-                planner=_Planner(flatten_state_dict=False, flatten_sharded_tensors=False),
-                process_group=self._group,
-            )
+        read_into(tensors, path, files, what, self._group)
 
         def restore() -> None:
             for name in sorted(
@@ -491,7 +453,7 @@ class Checkpointer:
         Raises `UserError` when there is none."""
         try:
             files = self._everywhere(
-                f"cannot read {path}", lambda: _verify(path, self.rank, self.world_size), share=False
+                f"cannot read {path}", lambda: verify_share(path, self.rank, self.world_size), share=False
             )
         except DamagedCheckpoint as error:
             return str(error), set()
@@ -680,95 +642,7 @@ def _compare(
         raise UserError(f"the checkpoint does not fit this run. {'; '.join(problems)}")
 
 
-# Files
-
-
-def _entry(path: Path) -> dict[str, Any]:
-    return {"name": path.name, "size": path.stat().st_size, "sha256": file_sha256(path)}
-
-
-def _read_manifest(path: Path) -> dict[str, tuple[int, str]]:
-    """File name -> (size, sha256). Raises `DamagedCheckpoint`, or `UserError` when there is no checkpoint at all."""
-    if not path.is_dir():
-        raise UserError("there is no checkpoint")
-    try:
-        entries = json.loads((path / "manifest.json").read_bytes())["files"]
-        files = {str(e["name"]): (int(e["size"]), str(e["sha256"])) for e in entries}
-    except FileNotFoundError:
-        raise DamagedCheckpoint(f"{path} has no manifest.json: it is not a complete checkpoint") from None
-    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
-        reason = shortened(f"manifest.json cannot be read ({error})")
-        raise DamagedCheckpoint(f"damaged checkpoint {path}: {reason}") from None
-    if len(files) != len(entries):
-        raise DamagedCheckpoint(f"damaged checkpoint {path}: manifest.json names a file twice")
-    if bad := [name for name in files if Path(name).name != name or not name.isprintable() or len(name) > 255]:
-        reason = f"manifest.json names files elsewhere: {shortened(repr(bad[0]))}"
-        raise DamagedCheckpoint(f"damaged checkpoint {path}: {reason}")
-    if lacking := {".metadata", "state.json"} - files.keys():
-        raise DamagedCheckpoint(f"damaged checkpoint {path}: manifest.json lacks {', '.join(sorted(lacking))}")
-    return files
-
-
-def read_tensor_names(path: str | Path, prefix: str) -> list[str]:
-    """The names below `prefix` of one state's tensors; [] when the checkpoint holds no such state."""
-    saved, _ = _read_index(Path(path), _read_manifest(Path(path)))
-    return [key.removeprefix(f"{prefix}.") for key in saved if key.startswith(f"{prefix}.")]
-
-
-def verify_files(path: str | Path) -> None:
-    """Compare every file of a checkpoint with its manifest. All ranks of the process group, if there is one, call it, share the
-    reading, and get the same answer: `UserError` when there is no checkpoint, `DamagedCheckpoint` when a file is not what was
-    written."""
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    on_every_rank(lambda: _verify(Path(path), rank, world))
-
-
-def _verify(path: Path, rank: int, world_size: int) -> set[str]:
-    """The names in the manifest, after checking all sizes and this rank's share of the hashes."""
-    name = "manifest.json"
-    try:
-        files = _read_manifest(path)
-        for number, (name, (size, digest)) in enumerate(sorted(files.items())):
-            actual = (path / name).stat().st_size if (path / name).is_file() else None
-            if actual != size:
-                found = "is missing" if actual is None else f"has {actual} bytes"
-                raise DamagedCheckpoint(f"damaged checkpoint {path}: {name} {found}, written were {size}")
-            if number % world_size == rank and file_sha256(path / name) != digest:
-                raise DamagedCheckpoint(
-                    f"damaged checkpoint {path}: {name} has changed since it was written (sha256 differs)"
-                )
-    except OSError as error:  # a bad block
-        raise DamagedCheckpoint(f"damaged checkpoint {path}: {name}: {error.strerror}") from None
-    return set(files)
-
-
-def read_tensors(
-    path: str | Path, prefix: str, names: Collection[str] | None = None, *, verify: bool = True
-) -> dict[str, Tensor]:
-    """The tensors of one state (`roles.student.transformer`, `ema.student`), full, by the names below `prefix`, or those of
-    `names`; {} when the checkpoint holds no such state. For one process that needs no run: scoring, building, exporting.
-
-    Raises as `verify_files`, which it calls first unless the caller has done so (`verify` = False): then on all ranks.
-    """
-    path = Path(path)
-    if verify:
-        verify_files(path)
-    files = _read_manifest(path)
-    saved, _ = _read_index(path, files)
-    wanted = {
-        key: torch.empty(entry.size, dtype=entry.properties.dtype)
-        for key, entry in saved.items()
-        if key.startswith(f"{prefix}.") and (names is None or key.removeprefix(f"{prefix}.") in names)
-    }
-    if wanted:
-        with _dcp_errors(f"cannot read {path}", path), _quiet():
-            dcp.load(
-                wanted,
-                storage_reader=_Reader(path, files),
-                planner=_Planner(flatten_state_dict=False, flatten_sharded_tensors=False),
-                no_dist=True,
-            )
-    return {key.removeprefix(f"{prefix}."): tensor for key, tensor in wanted.items()}
+# Folders
 
 
 def _is_removable(path: Path) -> bool:
@@ -794,29 +668,6 @@ def _unused(path: Path) -> Path:
     return next(name for name in names if not name.exists())
 
 
-def _is_complete(path: Path) -> bool:
-    try:
-        return all((path / name).stat().st_size == size for name, (size, _) in _read_manifest(path).items())
-    except (UserError, OSError):
-        return False
-
-
-def _read_index(path: Path, files: Collection[str]) -> tuple[dict[str, metadata.TensorStorageMetadata], dict[str, Any]]:
-    """What the checkpoint holds: tensors by key with shape and dtype, and the JSON part by state."""
-    index = _Reader(path, files).read_metadata()
-    try:
-        plain = json.loads((path / "state.json").read_bytes())["states"]
-        if not isinstance(plain, dict) or not all(isinstance(state, dict) for state in plain.values()):
-            raise TypeError("the states are not objects")
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        reason = shortened(f"{type(error).__name__}: {error}")
-        raise DamagedCheckpoint(f"damaged checkpoint {path}: state.json cannot be read ({reason})") from None
-    return index.state_dict_metadata, plain
-
-
-# torch.distributed.checkpoint, without its unpickling of arbitrary objects
-
-
 class _Writer(dcp.FileSystemWriter):
     def __init__(self, path: Path, step: int) -> None:
         super().__init__(path, overwrite=False)
@@ -837,104 +688,3 @@ class _Writer(dcp.FileSystemWriter):
 
     def storage_meta(self) -> metadata.StorageMeta:
         return metadata.StorageMeta()  # the original holds this machine's absolute path
-
-
-class _Unpickler(pickle.Unpickler):
-    """Builds the plain records a `.metadata` file is made of, and refuses every other name."""
-
-    _RECORDS = {
-        (record.__module__, record.__qualname__): record
-        for record in (
-            metadata.Metadata,
-            metadata.MetadataIndex,
-            metadata.TensorStorageMetadata,
-            metadata.TensorProperties,
-            metadata.ChunkStorageMetadata,
-            metadata.StorageMeta,
-            metadata._MEM_FORMAT_ENCODING,
-            filesystem._StorageInfo,
-            torch.serialization._get_layout,
-        )
-    } | {("torch", "Size"): torch.Size}
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in self._RECORDS:
-            return self._RECORDS[module, name]
-        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
-            return getattr(torch, name)
-        raise pickle.UnpicklingError(f"{module}.{name} has no place in a checkpoint")
-
-
-class _Reader(dcp.FileSystemReader):
-    """Reads only files that the manifest names, and `.metadata` with the restricted unpickler."""
-
-    def __init__(self, path: Path, files: Collection[str]) -> None:
-        super().__init__(path)
-        self._root, self._files = path, files
-
-    def read_metadata(self) -> metadata.Metadata:
-        try:
-            index = _Unpickler(io.BytesIO((self._root / ".metadata").read_bytes())).load()
-            self._check(index)
-        except Exception as error:  # a pickle can raise anything
-            reason = str(error) if isinstance(error, pickle.UnpicklingError) else f"{type(error).__name__}: {error}"
-            raise DamagedCheckpoint(
-                f"damaged checkpoint {self._root}: refused .metadata: {shortened(reason)}"
-            ) from None
-        return index
-
-    def _check(self, index: Any) -> None:
-        """Raise `UnpicklingError` unless the index is whole and fits the files: nothing is allocated or read by it before."""
-
-        def require(condition: bool, message: str) -> None:
-            if not condition:
-                raise pickle.UnpicklingError(message)
-
-        tensors, stored = index.state_dict_metadata, index.storage_data
-        sizes = {name: (self._root / name).stat().st_size for name in self._files}
-        for place, info in stored.items():
-            require(isinstance(place, metadata.MetadataIndex), "it holds objects other than tensors")
-            require(info.relative_path in sizes, f"it points to {info.relative_path!r}")
-            inside = 0 <= info.offset and 0 < info.length <= sizes[info.relative_path] - info.offset
-            require(inside and not info.transform_descriptors, f"{place.fqn} lies outside of {info.relative_path}")
-        for name, tensor in tensors.items():
-            require(isinstance(tensor, metadata.TensorStorageMetadata), "it holds objects other than tensors")
-            shape, dtype = tensor.size, tensor.properties.dtype
-            require(isinstance(shape, torch.Size) and isinstance(dtype, torch.dtype), f"{name} has no shape or dtype")
-            require(shape.numel() * dtype.itemsize <= sum(sizes.values()), f"{name} is larger than the files")
-            for chunk in tensor.chunks:
-                fits = len(chunk.offsets) == len(chunk.sizes) == len(shape)
-                parts = zip(chunk.offsets, chunk.sizes, shape, strict=True) if fits else ()
-                fits = fits and all(0 <= start and 0 <= size <= whole - start for start, size, whole in parts)
-                require(fits, f"{name} has a part outside of it")
-                require(metadata.MetadataIndex(name, chunk.offsets) in stored, f"{name} has a part that lies nowhere")
-            starts = {tuple(chunk.offsets) for chunk in tensor.chunks}
-            complete = sum(chunk.sizes.numel() for chunk in tensor.chunks) == shape.numel()
-            require(complete and len(starts) == len(tensor.chunks), f"{name} is not the sum of its parts")
-
-
-class _Planner(DefaultLoadPlanner):
-    def load_bytes(self, read_item: Any, value: io.BytesIO) -> None:
-        raise DamagedCheckpoint("the checkpoint holds a pickled object")
-
-
-@contextmanager
-def _dcp_errors(what: str, folder: Path) -> Iterator[None]:
-    """CheckpointException is a BaseException with stack traces of all ranks: make it one ordinary, short error."""
-    try:
-        yield
-    except CheckpointException as error:
-        rank, (cause, _) = next(iter(error.failures.items()))
-        if is_disk_full(cause):
-            raise DiskFull(f"{what} (rank {rank}): {cause.strerror}") from None
-        free = shutil.disk_usage(folder).free
-        reason = shortened(f"{type(cause).__name__}: {cause}", 500)
-        message = f"{what} (rank {rank}): {reason} [{free} bytes free in {folder}]"
-        raise CheckpointError(message) from error
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        yield

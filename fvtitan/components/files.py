@@ -48,21 +48,18 @@ def file_sha256(path: str | Path) -> str:
 def lock_file(path: str | Path) -> tuple[int, str]:
     """Lock a file until its descriptor, which is returned, is closed or this process ends, and write into it who holds it.
     With it comes "", or why this file system has no locks. Raises `BlockingIOError`, whose strerror names the holder."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    unlocked = ""
+    descriptor, unlocked = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666), ""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if not os.path.exists(path) or not os.path.samestat(os.fstat(descriptor), os.stat(path)):
-            os.close(
-                descriptor
-            )  # its holder removed it in between: the lock of a file that nobody finds locks nobody out
-            return lock_file(path)
     except BlockingIOError:
         holder = os.read(descriptor, 1000).decode(errors="replace").strip()
         os.close(descriptor)
         raise BlockingIOError(errno.EAGAIN, holder or "another process") from None
     except OSError as error:
         unlocked = error.strerror or repr(error)
+    if not _is_at(descriptor, path):  # its holder removed it in between: what nobody finds locks nobody out
+        os.close(descriptor)
+        return lock_file(path)
     since = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, f"pid {os.getpid()} on host {socket.gethostname()} since {since}\n".encode(), 0)

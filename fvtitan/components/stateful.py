@@ -12,7 +12,6 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -22,7 +21,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from fvtitan.distributed.utils import local_tensor, reshard
+from fvtitan.distributed.utils import local_tensor, rank_and_world, reshard
 from fvtitan.errors import UserError, shortened
 
 
@@ -264,7 +263,7 @@ class RandomState:
     def __init__(self, generator: torch.Generator | None = None, device: torch.device | str | None = None) -> None:
         self.generator = generator
         self.device = torch.device(device or (generator.device if generator else "cpu"))
-        self.rank = dist.get_rank() if dist.is_initialized() else 0
+        self.rank = rank_and_world()[0]
 
     def state_dict(self) -> dict[str, Any]:
         _, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)

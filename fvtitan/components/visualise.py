@@ -19,6 +19,8 @@ _MARGIN = 6
 _TEXT = 14  # font size in pixels
 _LINE = 18
 _SMALLEST_CELL = 96  # tiny frames are enlarged to about this many pixels, by a whole factor
+_LARGEST_CELL = 320  # pixels of the longer side that larger frames are reduced to
+_SHEET_COLUMNS = 8
 _THUMBNAIL, _COLUMNS = 216, 6  # pixels of a thumbnail's longer side; thumbnails in a row
 
 
@@ -43,10 +45,6 @@ def gif_bytes(frames: Tensor | np.ndarray, fps: float, colors: int = 0) -> bytes
     duration = max(20, round(1000 / fps))  # viewers slow down anything below 20 ms
     images[0].save(out, "GIF", save_all=True, append_images=images[1:], duration=duration, loop=0)
     return out.getvalue()
-
-
-_SHEET_COLUMNS = 8
-_LARGEST_CELL = 320  # pixels of the longer side that larger frames are reduced to
 
 
 def video_name(number: int, prompt: str) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fvtitan.data.video import VideoError, VideoInfo
-from fvtitan.errors import UserError
+from fvtitan.errors import UserError, nearest_multiples
 
 
 @dataclass(frozen=True, order=True)
@@ -27,11 +27,10 @@ class Bucket:
         """Raise `UserError` for a size that Wan's VAE cannot take; `names` are those of width, height and frames in it."""
         for name, value in zip(names, (self.width, self.height), strict=False):
             if value < 16 or value % 16:
-                below = max(16, value // 16 * 16)
-                raise UserError(f"{name} {value}: must be a multiple of 16; nearest: {below} or {below + 16}")
+                raise UserError(f"{name} {value}: must be a multiple of 16; nearest: {nearest_multiples(value, 16)}")
         if self.num_frames < 1 or self.num_frames % 4 != 1:
-            below = max(1, (self.num_frames - 1) // 4 * 4 + 1)
-            raise UserError(f"{names[2]} {self.num_frames}: must be 4n + 1; nearest: {below} or {below + 4}")
+            near = nearest_multiples(self.num_frames, 4, 1)
+            raise UserError(f"{names[2]} {self.num_frames}: must be 4n + 1; nearest: {near}")
 
 
 def parse_buckets(text: str) -> tuple[Bucket, ...]:

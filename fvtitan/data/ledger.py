@@ -23,7 +23,7 @@ from fvtitan.components.visualise import Thumbnail, thumbnail_sheet
 from fvtitan.data.clips import ClipPlan, plan_clip
 from fvtitan.data.listing import Record, data_root, list_records, with_videos
 from fvtitan.data.video import TIME_TOLERANCE, Isolated, VideoError, VideoInfo, probe_video, read_first_frame
-from fvtitan.distributed.utils import on_rank_zero
+from fvtitan.distributed.utils import on_rank_zero, rank_and_world
 from fvtitan.errors import UserError
 from fvtitan.preprocess import NO_VIDEOS, PreprocessConfig
 
@@ -160,7 +160,7 @@ def check_data(cfg: PreprocessConfig, *, batch_size: int, max_loss_share: float,
     if output is not None and output.exists() and not output.is_dir():
         raise UserError(f"--output {output}: not a folder; the ledger's files go into one")
     root = data_root(Path(cfg.data))
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank, world = rank_and_world()
 
     def plan() -> tuple[list[Record], list[Record], list[bool]]:
         records, ignored = list_records(Path(cfg.data), output, cfg.keys)

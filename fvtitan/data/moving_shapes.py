@@ -26,7 +26,7 @@ from torch import Tensor
 
 from fvtitan.components.files import write_atomic
 from fvtitan.components.rng import fold
-from fvtitan.errors import UserError, cli
+from fvtitan.errors import UserError, cli, nearest_multiples
 
 SHAPES = ("circle", "square", "triangle")
 # In [-1, 1] every value lies within [-0.65, 0.49]: a VAE decoder that clamps to [-1, 1] keeps its gradient there.
@@ -416,7 +416,7 @@ def main() -> None:
         for name in ("height", "width"):
             value = getattr(args, name)
             if value % 2:
-                raise UserError(f"--{name} {value}: H.264 needs an even size; nearest: {value - 1 or 2} or {value + 1}")
+                raise UserError(f"--{name} {value}: H.264 needs an even size; nearest: {nearest_multiples(value, 2)}")
         keys = ("num_frames", "height", "width", "fps", "seed", "split")
         render_dataset(args.output, args.num_clips, **{key: getattr(args, key) for key in keys})
         return

@@ -5,12 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch.distributed as dist
-
 from fvtitan.components.files import write_atomic
 from fvtitan.data.latent_cache import LatentCache, check_cache_geometry
 from fvtitan.data.moving_shapes import clip_attributes, render_dataset, training_combinations
-from fvtitan.distributed.utils import on_rank_zero, only_job
+from fvtitan.distributed.utils import on_rank_zero, only_job, rank_and_world
 from fvtitan.errors import UserError
 from fvtitan.methods import METHODS
 from fvtitan.preprocess import PreprocessConfig, preprocess
@@ -90,7 +88,7 @@ def _render(cfg: JobConfig, cache: Path, num_clips: int, split: str) -> None:
     data = cfg.data
     videos = cache.with_name(f"{cache.name}_videos")
     size = {"num_frames": data.num_frames, "height": data.height, "width": data.width, "fps": data.fps}
-    if not dist.is_initialized() or dist.get_rank() == 0:
+    if rank_and_world()[0] == 0:
         print(f"rendering {num_clips} clips of moving shapes ({split}) into {videos}", flush=True)
     with only_job(videos):
         on_rank_zero(lambda: render_dataset(videos, num_clips, **size, seed=cfg.training.seed, split=split))

@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from fvtitan.components import faults
 from fvtitan.components.files import lock_file
-from fvtitan.errors import UserError, redacted
+from fvtitan.errors import UserError, is_disk_full, redacted
 
 
 @dataclass
@@ -109,6 +109,11 @@ def use_private_compile_cache() -> None:
 def world_size_from_environment() -> int:
     """The number of processes torchrun started, 1 without it."""
     return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def rank_and_world() -> tuple[int, int]:
+    """This process's rank, and how many there are; (0, 1) without a process group."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def local_tensor(tensor: Tensor) -> Tensor:
@@ -212,7 +217,7 @@ def on_every_rank(action: Callable[[], Any]) -> list[Any]:
 def on_rank_zero(action: Callable[[], Any]) -> Any:
     """What `action` returns on rank 0, or the `UserError` it raises there, on every rank."""
     outcome: list[Any] = [None, ""]
-    if not dist.is_initialized() or dist.get_rank() == 0:
+    if rank_and_world()[0] == 0:
         try:
             outcome[0] = action()
         except UserError as error:
@@ -226,24 +231,29 @@ def on_rank_zero(action: Callable[[], Any]) -> Any:
 
 @contextlib.contextmanager
 def only_job(folder: str | Path) -> Iterator[None]:
-    """One job at a time makes `folder`; all its ranks enter together. Raises `UserError` when another job is at it."""
+    """One job at a time makes `folder`; all its ranks enter together. Raises `UserError` when another job is at it, or when
+    there can be no such folder."""
     path = Path(folder)
     lock = path.with_name(f".{path.name}.lock")
 
     def take() -> int:
-        path.parent.mkdir(parents=True, exist_ok=True)
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             return lock_file(lock)[0]
         except BlockingIOError as error:
             raise UserError(
                 f"{path} is being made by {error.strerror}: when that is done, the same command uses it"
             ) from None
+        except OSError as error:
+            if is_disk_full(error):
+                raise
+            raise UserError(f"{path} cannot be made ({error.strerror}): name another folder") from None
 
     descriptor = on_rank_zero(take)
     try:
         yield
     finally:
-        if not dist.is_initialized() or dist.get_rank() == 0:
+        if rank_and_world()[0] == 0:
             lock.unlink(missing_ok=True)  # while it is held: see lock_file
             os.close(descriptor)
 

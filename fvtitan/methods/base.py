@@ -11,17 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from fvtitan import flow_matching
-from fvtitan.components.checkpoint import (
-    ModelState,
-    OptimizerState,
-    RandomState,
-    SchedulerState,
-    Stateful,
-)
 from fvtitan.components.lr_scheduler import build_lr_scheduler
 from fvtitan.components.optimizer import build_optimizer, hyper_parameters
 from fvtitan.components.rng import SampleStreams, fold
-from fvtitan.components.stateful import Identity
+from fvtitan.components.stateful import Identity, ModelState, OptimizerState, RandomState, SchedulerState, Stateful
 from fvtitan.data.latent_cache import LatentCache
 from fvtitan.errors import UserError
 from fvtitan.methods.passes import Pass

@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 
 from fvtitan import flow_matching
-from fvtitan.components.checkpoint import Stateful
 from fvtitan.components.rng import SampleStreams, fold
-from fvtitan.components.stateful import Identity
+from fvtitan.components.stateful import Identity, Stateful
 from fvtitan.errors import UserError
 from fvtitan.flow_matching import NUM_TIMESTEPS
 from fvtitan.methods.base import MethodConfig, TrainingMethod, check_no_heldout_loss
@@ -220,13 +219,13 @@ class DMD2Method(TrainingMethod):
         """Distribution-matching loss of the student's videos. Teacher and critic only answer, without gradient."""
         streams, prompts = self.streams(batch, step, "student"), self.prompt_embeds(batch)
         generated = self.generate(batch, prompts, streams, step, "student")
-        gradient, metrics = self.score(generated.detach(), prompts, streams, batch, step)
+        gradient, metrics = self.score(generated.detach(), prompts, streams, step)
         masked = self.masked_frames(step, "student")
         return distribution_matching_loss(generated[:, masked:], gradient[:, masked:]), metrics
 
     @torch.no_grad()
     def score(
-        self, generated: Tensor, prompts: list[Tensor], streams: SampleStreams, batch: dict[str, Any], step: int
+        self, generated: Tensor, prompts: list[Tensor], streams: SampleStreams, step: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The distribution-matching gradient `[B, T, C, H, W]` of the student's videos, and what to log of it. The whole of it
         is NaN when any video holds NaN or Inf."""

@@ -201,7 +201,7 @@ class SelfForcingMethod(DMD2Method):
         with torch.no_grad():
             rollout = self.roll(batch, prompts, streams, step, "student")
         window = self.scored(rollout.video)
-        gradient, metrics = self.score(window, prompts, streams, batch, step)
+        gradient, metrics = self.score(window, prompts, streams, step)
         skipped = self.masked_frames(step, "student")
         loss = distribution_matching_loss(window[:, skipped:], gradient[:, skipped:])
         slope = torch.zeros_like(rollout.video, dtype=gradient.dtype)

@@ -166,6 +166,10 @@ class ModelBase(ABC):
         assert self.uncond_embeds is not None, "init_preprocessors first"
         return self.conditioning([self.uncond_embeds] * batch_size)
 
+    def cache_bytes(self) -> int:
+        """Bytes of the KV cache that is kept between rollouts."""
+        return 0
+
     def gathered(self) -> contextlib.AbstractContextManager[None]:
         """Inside, a sharded network is gathered once and stays so, for several forwards in a row."""
         return contextlib.nullcontext()

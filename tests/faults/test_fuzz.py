@@ -32,19 +32,10 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.fsdp import fully_shard
 from torch.optim.lr_scheduler import LambdaLR
 
-from fvtitan.components.checkpoint import (
-    Checkpointer,
-    CheckpointError,
-    ModelState,
-    OptimizerState,
-    RandomState,
-    SchedulerState,
-    TrainState,
-    read_tensor_names,
-    read_tensors,
-)
+from fvtitan.components.checkpoint import Checkpointer
+from fvtitan.components.checkpoint_folder import CheckpointError, read_tensor_names, read_tensors
 from fvtitan.components.ema import EMA, EMAConfig
-from fvtitan.components.stateful import Identity
+from fvtitan.components.stateful import Identity, ModelState, OptimizerState, RandomState, SchedulerState, TrainState
 from fvtitan.config import CheckpointSection, JobConfig, load_config
 from fvtitan.data.dataloader import BatchStream
 from fvtitan.data.latent_cache import LatentCache, check_cache_geometry, fingerprint

@@ -13,15 +13,10 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from fvtitan.components import checkpoint
-from fvtitan.components.checkpoint import (
-    Checkpointer,
-    CheckpointError,
-    DamagedCheckpoint,
-    ModelState,
-    OptimizerState,
-    RandomState,
-)
+from fvtitan.components import checkpoint, checkpoint_folder
+from fvtitan.components.checkpoint import Checkpointer
+from fvtitan.components.checkpoint_folder import CheckpointError, DamagedCheckpoint, verify_files
+from fvtitan.components.stateful import ModelState, OptimizerState, RandomState
 from fvtitan.config import CheckpointSection
 from fvtitan.errors import UserError
 
@@ -101,17 +96,17 @@ def fail(folder: Path) -> dict:
     checkpointer = Checkpointer(folder)
     net, optimizer = build(seed=0)
     states, seen, rank = states_of(net, optimizer), [], dist.get_rank()
-    original = checkpoint._entry
+    original = checkpoint.file_entry
 
     def broken(path):
         raise OSError(28, "No space left on device")
 
-    checkpoint._entry = broken if rank == 1 else original
+    checkpoint.file_entry = broken if rank == 1 else original
     try:
         checkpointer.save(1, states)
     except CheckpointError as error:
         seen.append(str(error))
-    checkpoint._entry = original
+    checkpoint.file_entry = original
     dist.barrier()
     assert checkpointer.steps() == [] and not list(folder.iterdir())
     dist.barrier()  # rank 0 makes its next files after the others have looked
@@ -123,13 +118,13 @@ def fail(folder: Path) -> dict:
         shard.write_bytes(content)
     dist.barrier()
     hashed: list[str] = []
-    sha256 = checkpoint.file_sha256
-    checkpoint.file_sha256 = lambda path: hashed.append(path.name) or sha256(path)
+    sha256 = checkpoint_folder.file_sha256
+    checkpoint_folder.file_sha256 = lambda path: hashed.append(path.name) or sha256(path)
     try:
-        checkpoint.verify_files(checkpointer.path(1))
+        verify_files(checkpointer.path(1))
     except DamagedCheckpoint as error:
         verified = (str(error), hashed)
-    checkpoint.file_sha256 = sha256
+    checkpoint_folder.file_sha256 = sha256
     before = digest(net, optimizer)
     for step, kind in ((1, DamagedCheckpoint), (4, UserError)):
         try:

@@ -10,7 +10,7 @@ Which test holds each of those defects; a test below sees that all of them exist
 | sharded EMA saved as replicated | integration/test_exact.py::test_stops_of_real_processes
 | LoRA gradients not reduced      | integration/test_lora.py::test_adapters_are_the_same_on_all_ranks
 | same noise on every data rank   | integration/test_exact.py::test_noise_belongs_to_samples
-| both DMD losses before a step   | to come: there is no DMD yet
+| both DMD losses before a step   | integration/test_plan.py::test_memory_is_what_a_real_step_takes
 | EMA stepped with the critic     | integration/test_exact.py::test_the_average_counts_student_updates
 | one shift here, another there   | integration/test_exact.py::test_one_shift_for_everything
 | `t_list` checked after hours    | unit/test_kd.py::test_config_errors_are_one_line
@@ -28,7 +28,7 @@ Which test holds each of those defects; a test below sees that all of them exist
 | losses logged from rank 0 only  | integration/test_exact.py::test_a_logged_value_is_the_jobs
 | NaN applied silently            | integration/test_exact.py::test_nan_on_one_rank_updates_no_rank
 |                                 | integration/test_train.py::test_nothing_is_updated_when_the_gradient_is_not_finite
-| export diffusers cannot find    | to come: there is no export yet
+| export diffusers cannot find    | integration/test_export.py::test_wanpipeline_gives_our_video
 """
 
 from __future__ import annotations
@@ -50,9 +50,10 @@ import torch
 from torch import Tensor
 
 from fvtitan import flow_matching, samplers
-from fvtitan.components.checkpoint import Checkpointer, TrainState
+from fvtitan.components.checkpoint import Checkpointer
 from fvtitan.components.metrics import ThroughputMeter, read_metrics
 from fvtitan.components.rng import generator
+from fvtitan.components.stateful import TrainState
 from fvtitan.components.validation import Validator
 from fvtitan.config import JobConfig, RoleConfig, load_config, read_toml
 from fvtitan.data.dataloader import BatchStream, GlobalBatchSampler
@@ -909,7 +910,7 @@ def test_the_table_above_names_tests_that_exist():
     for file, test in named:
         assert re.search(rf"^def {test}\(", (ROOT / "tests" / file).read_text(), re.MULTILINE), f"{file}::{test}"
     rows = [row for row in __doc__.splitlines() if row.startswith("| ")][1:]
-    assert all("::test_" in row or "to come: there is no" in row or set(row) <= set("| -") for row in rows)
+    assert all("::test_" in row or set(row) <= set("| -") for row in rows)
 
 
 def test_a_closed_checkpointer_leaves_no_thread(tmp_path, single_process_group):

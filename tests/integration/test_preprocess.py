@@ -580,6 +580,7 @@ def test_program_errors_are_one_line(videos, prompts, tmp_path, capsys):
         (videos, ["--num-frames", "6"], "--num-frames 6: must be 4n + 1; nearest: 5 or 9"),
         (videos, ["--width", "40"], "--width 40: must be a multiple of 16; nearest: 32 or 48"),
         (videos, ["--model", "nowhere"], "'nowhere' is neither"),
+        (prompts, ["--output", f"{prompts}/c"], "/c cannot be made ("),
         (prompts, useless, "--width, --max-frames: for --data only, a cache of --prompts has no clips: leave out"),
     ):
         status, error = run_program(pp.main, *arguments_of(source, tmp_path / "c"), *extra), capsys.readouterr().err

@@ -11,7 +11,7 @@ import torch
 from fvtitan import score
 from fvtitan.assets import tiny_wan_path
 from fvtitan.assets.build_tiny_wan import training_minutes, transformer_tensors
-from fvtitan.components.checkpoint import DamagedCheckpoint, read_tensors
+from fvtitan.components.checkpoint_folder import DamagedCheckpoint, read_tensors
 from fvtitan.errors import UserError
 from fvtitan.generate import load_model, parse_rungs
 from fvtitan.models.pipeline import pipeline_shift

@@ -9,8 +9,6 @@ import os
 import shutil
 import signal
 import sys
-import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -100,18 +98,23 @@ def test_a_failure_stops_the_others_and_shows_its_last_lines(tmp_path, capsys):
 
 
 def test_a_signal_stops_all_with_its_own_status(tmp_path, capsys):
-    ready = tmp_path / "ready"
-    term = "import pathlib, signal, sys, time\nsignal.signal(15, lambda *a: sys.exit(75))\n"
-    wait = f"{term}pathlib.Path({str(ready)!r}).touch()\nwhile True: time.sleep(0.01)"
+    """Also the one that is just being started; and each once, for at a second signal train.py leaves without saving."""
+    told = []
 
-    def send():
-        while not ready.exists():
-            time.sleep(0.01)
-        os.kill(os.getpid(), signal.SIGINT)
+    class Stopped(Runner):
+        def _start(self, stage):
+            if stage.name == "b":
+                os.kill(os.getpid(), signal.SIGINT)
+            super()._start(stage)
 
-    threading.Thread(target=send).start()
+        def _terminate(self):
+            told.append([stage.name for stage in self.running])
+            super()._terminate()
+
     before = signal.getsignal(signal.SIGINT)
-    assert Runner(tmp_path, jobs=1).run([python("a", wait), python("b", "")]) == EXIT_STOPPED
+    stages = [python(name, "import time; time.sleep(60)") for name in "abc"]
+    assert Stopped(tmp_path, jobs=2).run(stages) == EXIT_STOPPED
+    assert told == [["a", "b"]] and not (tmp_path / "log/c.log").exists()
     assert "the same command goes on from here" in capsys.readouterr().out
     assert signal.getsignal(signal.SIGINT) is before
 

@@ -23,18 +23,10 @@ from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fvtitan.components import checkpoint
-from fvtitan.components.checkpoint import (
-    Checkpointer,
-    CheckpointError,
-    DamagedCheckpoint,
-    DiskFull,
-    ModelState,
-    OptimizerState,
-    RandomState,
-    SchedulerState,
-    TrainState,
-)
+from fvtitan.components import checkpoint_folder
+from fvtitan.components.checkpoint import Checkpointer
+from fvtitan.components.checkpoint_folder import CheckpointError, DamagedCheckpoint, DiskFull, file_entry, verify_files
+from fvtitan.components.stateful import ModelState, OptimizerState, RandomState, SchedulerState, TrainState
 from fvtitan.config import CheckpointSection
 from fvtitan.errors import UserError
 
@@ -472,7 +464,7 @@ def test_what_has_the_name_already_is_kept_unless_it_is_ours_and_whole(tmp_path,
 @pytest.mark.parametrize(
     "point",
     [
-        *(pytest.param(p, marks=pytest.mark.slow) for p in ("_commit", "_entry", "publish")),
+        *(pytest.param(p, marks=pytest.mark.slow) for p in ("_commit", "file_entry", "publish")),
         "write_atomic:manifest.json",
     ],
 )
@@ -492,8 +484,8 @@ def test_a_kill_before_the_commit_leaves_the_good_one(tmp_path, point):
         point = {point!r}
         if point == "_commit":
             checkpointer._commit = die
-        elif point == "_entry":
-            checkpoint._entry = die
+        elif point == "file_entry":
+            checkpoint.file_entry = die
         elif point == "publish":
             checkpoint.Path.rename = die
         else:
@@ -575,7 +567,7 @@ DAMAGES = [
 @pytest.fixture
 def bad_blocks(monkeypatch):
     read: list[str] = []  # the folders whose bytes are read
-    sha256 = checkpoint.file_sha256
+    sha256 = checkpoint_folder.file_sha256
 
     def reading(path):
         read.append(path.parent.name)
@@ -583,7 +575,7 @@ def bad_blocks(monkeypatch):
             raise OSError(5, "Input/output error")
         return sha256(path)
 
-    monkeypatch.setattr(checkpoint, "file_sha256", reading)
+    monkeypatch.setattr(checkpoint_folder, "file_sha256", reading)
     return read
 
 
@@ -593,8 +585,8 @@ def test_ranks_share_the_reading_outside_of_a_run_and_hear_of_what_one_finds(tmp
     path = tmp_path / "step-1"
     files = {entry["name"] for entry in json.loads((path / "manifest.json").read_text())["files"]}
     names: list[str] = []
-    sha256 = checkpoint.file_sha256
-    monkeypatch.setattr(checkpoint, "file_sha256", lambda file: names.append(file.name) or sha256(file))
+    sha256 = checkpoint_folder.file_sha256
+    monkeypatch.setattr(checkpoint_folder, "file_sha256", lambda file: names.append(file.name) or sha256(file))
     told: list[Exception | None] = [None, None]
     monkeypatch.setattr(dist, "get_world_size", lambda: 2)
 
@@ -607,17 +599,17 @@ def test_ranks_share_the_reading_outside_of_a_run_and_hear_of_what_one_finds(tmp
     for rank in range(2):
         monkeypatch.setattr(dist, "get_rank", lambda rank=rank: rank)
         names.clear()
-        checkpoint.verify_files(path)
+        verify_files(path)
         by_rank.append(set(names))
         assert len(names) == len(by_rank[-1])
     assert by_rank[0] | by_rank[1] == files and not by_rank[0] & by_rank[1] and all(by_rank)
     told[0] = DamagedCheckpoint("a file that rank 0 has read")
     with pytest.raises(DamagedCheckpoint, match="that rank 0 has read"):
-        checkpoint.verify_files(path)
+        verify_files(path)
     told[0] = None
     (path / "state.json").write_text("{}")  # its size is compared by all
     with pytest.raises(DamagedCheckpoint, match="step-1: state.json has 2 bytes"):
-        checkpoint.verify_files(path)
+        verify_files(path)
 
 
 @pytest.mark.faults
@@ -739,10 +731,8 @@ class Evil:
 
 def forge(path, name, content):
     """Change a file and make the manifest fit: the manifest is integrity, not authenticity."""
-    from fvtitan.components.checkpoint import _entry
-
     (path / name).write_bytes(content)
-    files = [_entry(file) for file in path.iterdir() if file.name != "manifest.json"]
+    files = [file_entry(file) for file in path.iterdir() if file.name != "manifest.json"]
     (path / "manifest.json").write_text(json.dumps({"files": files}))
 
 
@@ -877,7 +867,7 @@ def test_a_failed_save_leaves_the_good_one_and_no_rest(tmp_path, monkeypatch, wh
     if where == "dcp":
         monkeypatch.setattr("torch.distributed.checkpoint.FileSystemWriter.write_data", fail_to_write)
     elif where == "commit":
-        monkeypatch.setattr("fvtitan.components.checkpoint._entry", fail_to_write)
+        monkeypatch.setattr("fvtitan.components.checkpoint.file_entry", fail_to_write)
     else:
         monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 7}))
     with pytest.raises(DiskFull, match="step-2.* bytes needed, .* free in") as caught:
@@ -964,7 +954,8 @@ def test_a_failed_save_may_be_let_pass_but_not_the_last(tmp_path, monkeypatch, c
 def test_no_process_group_is_needed_to_read(tmp_path):
     Checkpointer(tmp_path).save(1, {"m": ModelState(sharded(0))})
     program = (
-        "import sys, torch\nfrom fvtitan.components.checkpoint import Checkpointer, ModelState\n"
+        "import sys, torch\nfrom fvtitan.components.checkpoint import Checkpointer\n"
+        "from fvtitan.components.stateful import ModelState\n"
         "m = torch.nn.Module(); m.first = torch.nn.Linear(4, 8)\n"
         "m.blocks = torch.nn.ModuleList([torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)])\n"
         "m.unused = torch.nn.Linear(3, 1)\n"
@@ -992,7 +983,7 @@ def test_a_failed_save_does_not_hide_what_ends_the_run(tmp_path, monkeypatch, ca
         raise OSError(errno.ENOSPC, "No space left on device")
 
     net = sharded()
-    monkeypatch.setattr("fvtitan.components.checkpoint._entry", full)
+    monkeypatch.setattr("fvtitan.components.checkpoint.file_entry", full)
     for error in (FloatingPointError("step 3: not finite"), None):
         with pytest.raises(FloatingPointError if error else DiskFull):
             with Checkpointer(tmp_path, async_mode="async") as checkpointer:

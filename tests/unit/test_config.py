@@ -10,7 +10,7 @@ import tomli
 
 from fvtitan import config
 from fvtitan.config import JobConfig, RoleConfig, load_config, main, read_toml
-from fvtitan.errors import UserError
+from fvtitan.errors import UserError, nearest_multiples
 from fvtitan.methods import METHODS
 from fvtitan.reference import reference
 from tests.helpers import run_program
@@ -100,6 +100,18 @@ def test_errors_name_key_value_and_fix(tmp_path, text, message):
 CAUSAL = '[models.student]\nflavor = "tiny"\nname = "wan_causal"\nframes_per_block = 3\n'
 DFSFT = '[method]\nname = "dfsft"\n'
 GEOMETRY = "[data]\nnum_frames = 33\n"  # 9 latent frames
+
+
+def test_the_nearest_fix_is_allowed_itself():
+    expected = {
+        (32, 4, 1): "29 or 33",
+        (40, 16): "32 or 48",
+        (0, 4, 1): "1",
+        (1, 2): "2",
+        (-50, 16): "16",
+        (-9, 4, 1): "1",
+    }
+    assert {numbers: nearest_multiples(*numbers) for numbers in expected} == expected
 
 
 def test_causal_keys_are_read(tmp_path):

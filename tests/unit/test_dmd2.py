@@ -138,7 +138,7 @@ def test_draws_belong_to_samples_phases_and_names(cache, tmp_path, monkeypatch):
         with torch.no_grad():
             streams = method.streams(batch, step, "student")
             x = method.generate(batch, batch["prompt_embeds"], streams, step, "student")
-            return method.score(x, batch["prompt_embeds"], streams, batch, step)[0]
+            return method.score(x, batch["prompt_embeds"], streams, step)[0]
 
     whole = gradients([0, 1, 2, 3])
     assert sorted(names) == ["noise", "noise_1", "noise_2", "noise_3", "score_noise", "score_sigma"]
@@ -387,7 +387,7 @@ def test_values_that_are_not_finite_name_their_role(cache, tmp_path, role, value
     assert loss.isnan()
     batch = batch_of(2)
     prompts, streams = method.prompt_embeds(batch), method.streams(batch, 7, "student")
-    gradient, _ = method.score(method.generate(batch, prompts, streams, 7, "student"), prompts, streams, batch, 7)
+    gradient, _ = method.score(method.generate(batch, prompts, streams, 7, "student"), prompts, streams, 7)
     assert gradient.isnan().all()
     assert method.not_finite() == f"the videos of the {role}"
 

@@ -11,14 +11,12 @@ from fvtitan.flow_matching import ScheduleConfig
 from fvtitan.samplers import euler, guide
 
 
-def test_the_three_predictions_are_one():
+def test_path_velocity_and_x0_agree():
     torch.manual_seed(0)
     x0, noise = torch.randn(2, 5, 3, 4, 4), torch.randn(2, 5, 3, 4, 4)
     sigma = 0.05 + 0.9 * torch.rand(2, 5)
     x, v = fm.add_noise(x0, noise, sigma), fm.velocity(x0, noise)
     torch.testing.assert_close(fm.velocity_to_x0(x, v, sigma), x0, atol=1e-5, rtol=0)
-    torch.testing.assert_close(fm.velocity_to_noise(x, v, sigma), noise, atol=1e-5, rtol=0)
-    torch.testing.assert_close(fm.x0_to_velocity(x, x0, sigma), v, atol=1e-4, rtol=0)
     # d x / d sigma along the path is the velocity: its sign and scale.
     step = 1e-2
     torch.testing.assert_close((fm.add_noise(x0, noise, sigma + step) - x) / step, v, atol=1e-3, rtol=0)

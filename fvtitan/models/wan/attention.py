@@ -152,7 +152,7 @@ def prepare(plan: BlockCausal, tokens_per_frame: int, device: torch.device) -> A
     FlexAttention's mask for `flex` (built outside the compiled blocks), the plan itself for `sdpa`."""
     if len(plan.blocks) == 1 and not plan.clean_context:
         return None
-    return _block_mask(plan, tokens_per_frame, device) if plan.backend == "flex" else plan
+    return block_mask(plan, tokens_per_frame, device) if plan.backend == "flex" else plan
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, plan: AttentionMask = None) -> Tensor:
@@ -185,7 +185,8 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 @functools.lru_cache(maxsize=32)
-def _block_mask(plan: BlockCausal, tokens: int, device: torch.device) -> BlockMask:
+def block_mask(plan: BlockCausal, tokens: int, device: torch.device) -> BlockMask:
+    """FlexAttention's mask of a plan whose frames have so many tokens."""
     from torch.nn.attention.flex_attention import create_block_mask
 
     frames = plan.frame_mask(device)

@@ -216,6 +216,10 @@ class WanCausalModel(WanModel, CausalModelBase):
         cache.reset()
         return cache
 
+    def cache_bytes(self) -> int:
+        layers = self._cache[1].layers if self._cache else []
+        return sum(tensor.nbytes for layer in layers for tensor in vars(layer).values())
+
     def predict_velocity_streaming(
         self, noisy_block: Tensor, sigma: Tensor, cond: Conditioning, cache: KVCache, start_frame: int
     ) -> Tensor:

@@ -13,11 +13,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fvtitan.components.checkpoint import Checkpointer, ModelState, read_tensor_names, read_tensors, verify_files
+from fvtitan.components.checkpoint import Checkpointer
+from fvtitan.components.checkpoint_folder import read_tensor_names, read_tensors, verify_files
 from fvtitan.components.files import file_sha256, write_atomic
 from fvtitan.components.lora import LoRAConfig, base_parameters, merge_adapter
 from fvtitan.components.rng import generator
-from fvtitan.distributed.utils import local_rows, local_tensor, on_every_rank, reshard
+from fvtitan.components.stateful import ModelState
+from fvtitan.distributed.utils import local_rows, local_tensor, on_every_rank, rank_and_world, reshard
 from fvtitan.errors import UserError, listed, shortened
 from fvtitan.models.wan.adapter import config_to_diffusers, diffusers_names, flavor_config, to_diffusers_tensor
 from fvtitan.models.wan.files import WEIGHTS_NAME, WeightFiles, holds_average, open_weights
@@ -45,7 +47,7 @@ def weights_hash(model: RoleConfig) -> str:
         return hashlib.sha256(manifest + checkpoint_state_name(model).encode()).hexdigest()
     files = open_weights(model.init_from, model.init_weights)
     paths = [*([files.config] if files.config else []), *files.paths]
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank, world = rank_and_world()
     hashes = on_every_rank(lambda: {path.name: file_sha256(path) for path in paths[rank::world]})
     everyone = sorted(item for part in hashes for item in part.items())
     return hashlib.sha256((json.dumps(everyone) + files.state).encode()).hexdigest()
