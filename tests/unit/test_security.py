@@ -60,8 +60,6 @@ ALLOWED = {
     ("fvtitan/chain.py", "subprocess"): "train.py, fvtitan.trajectories, fvtitan.score and git, by lists of words",
     ("benchmarks/ablations.py", "subprocess"): "itself, by a list of words",
     ("benchmarks/startup.py", "subprocess"): "this repository's train.py, by a list of words",
-    ("benchmarks/ablations.py", "subprocess"): "itself, by a list of words",
-    ("fvtitan/chain.py", "subprocess"): "this repository's programs and git, by lists of words",
     ("fvtitan/distributed/utils.py", "gettempdir"): "a folder that must be the user's alone before it is used",
     ("benchmarks/trainer_overhead.py", "runpy.run_path(str(TRAIN)"): "this repository's train.py",
     ("fvtitan/models/wan/files.py", "weights_only=True, mmap=True)"): "tensors alone, of Self-Forcing and CausVid",
