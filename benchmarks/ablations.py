@@ -100,10 +100,21 @@ def no_context_pass(patch: Patch = setattr) -> None:
     patch(SelfForcingMethod, "commit", broken)
 
 
+def no_context(patch: Patch = setattr) -> None:
+    """Self-Forcing whose finished blocks never reach the cache: a forward of their first noise, at sigma 1, is kept in their
+    place, so no block sees the one before it."""
+
+    def broken(self: SelfForcingMethod, _block: Any, noise: Any, cond: Any, cache: Any, start: int) -> None:
+        self.student.commit(noise(0), cond, cache, start, 1.0)
+
+    patch(SelfForcingMethod, "commit", broken)
+
+
 ABLATIONS = {  # and the recipe whose student it is compared with
     "no_critic": (no_critic, "tiny_dmd2"),
     "wrong_shift": (wrong_shift, "tiny_kd"),
     "no_context_pass": (no_context_pass, "tiny_self_forcing"),
+    "no_context": (no_context, "tiny_self_forcing"),
 }
 
 

@@ -359,6 +359,13 @@ def measured(judgements: Sequence[Judgement], name: str) -> np.ndarray:
     return np.array([getattr(judgement, attribute) for judgement in judgements], dtype=np.float64)
 
 
+def _caption(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot read the caption: {error}") from None
+
+
 def judge_folder(folder: str | Path) -> list[tuple[str, Judgement]]:
     """Judge every captioned mp4 of a folder: `metadata.jsonl`, or `clip.txt` beside `clip.mp4`.
 
@@ -378,7 +385,7 @@ def judge_folder(folder: str | Path) -> list[tuple[str, Judgement]]:
                 f"{folder / 'metadata.jsonl'}: need file_name and caption in each line: {error!r}"
             ) from None
     else:
-        pairs = [(p.with_suffix(".mp4").name, p.read_text(encoding="utf-8")) for p in sorted(folder.glob("*.txt"))]
+        pairs = [(p.with_suffix(".mp4").name, _caption(p)) for p in sorted(folder.glob("*.txt"))]
     if not pairs:
         raise UserError(f"{folder}: no metadata.jsonl and no clip.txt beside a clip.mp4")
     judged = []

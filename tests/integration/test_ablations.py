@@ -78,10 +78,8 @@ def test_wrong_shift(cache, tmp_path, monkeypatch):
     assert method.sampler(cfg).sigmas == pytest.approx(own)
 
 
-def test_no_context_pass(cache, tmp_path, monkeypatch):
-    """What enters the cache is the noisy state that left the ladder, at its own sigma, not the clean block at 0."""
-    ablations.no_context_pass(monkeypatch.setattr)
-    method = self_forcing_oracles.wan_method(cache, tmp_path)
+def committed_by(method) -> tuple[list, object]:
+    """What enters the cache in a rollout that is left at rung 2, as (block, start, sigma), and the rollout."""
     committed, commit = [], method.student.commit
 
     def spy(block, cond, cache, start, sigma):
@@ -92,10 +90,27 @@ def test_no_context_pass(cache, tmp_path, monkeypatch):
     batch, step = self_forcing_oracles.prompts_batch(), self_forcing_oracles.step_at(method, rung=2)
     rollout = self_forcing_oracles.rolled(method, batch, step)
     assert [start for _, start, _ in committed] == [0, 3]
+    return committed, rollout
+
+
+def test_no_context_pass(cache, tmp_path, monkeypatch):
+    """What enters the cache is the noisy state that left the ladder, at its own sigma, not the clean block at 0."""
+    ablations.no_context_pass(monkeypatch.setattr)
+    method = self_forcing_oracles.wan_method(cache, tmp_path)
+    committed, rollout = committed_by(method)
     for (block, start, sigma), exit_ in zip(committed, rollout.exits, strict=False):
         clean = rollout.video[:, start : start + 3]
         assert torch.equal(block, exit_.noisy) and not torch.equal(exit_.noisy, clean)
         assert sigma == pytest.approx(method.sigmas[2])
+
+
+def test_no_context(cache, tmp_path, monkeypatch):
+    """What enters the cache is pure noise, that the block began with: nothing of the block."""
+    ablations.no_context(monkeypatch.setattr)
+    committed, rollout = committed_by(self_forcing_oracles.wan_method(cache, tmp_path))
+    for (block, start, sigma), exit_ in zip(committed, rollout.exits, strict=False):
+        assert sigma == 1.0 and not torch.equal(block, exit_.noisy)
+        assert abs(float(block.std()) - 1) < 0.1 and not torch.equal(block, rollout.video[:, start : start + 3])
 
 
 # -------------------------------------------------------------------------------------------------- visibly worse

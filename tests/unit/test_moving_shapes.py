@@ -203,9 +203,12 @@ def test_program_errors_are_one_line(tmp_path, monkeypatch):
     (tmp_path / "link").mkdir()
     (tmp_path / "link/a.mp4").symlink_to(tmp_path / "damaged/a.mp4")
     (tmp_path / "link/a.txt").write_text("x")
+    (tmp_path / "latin").mkdir()
+    (tmp_path / "latin/a.txt").write_bytes(b"\xe9")
     for arguments, message in (
         (["judge", "--videos", str(tmp_path / "outside")], "the video '../damaged/a.mp4' leaves the folder"),
         (["judge", "--videos", str(tmp_path / "link")], "the video 'a.mp4' leaves the folder"),
+        (["judge", "--videos", str(tmp_path / "latin")], "a.txt: cannot read the caption: 'utf-8' codec can't decode"),
         (["judge", "--videos", str(tmp_path / "damaged")], "a.mp4: damaged or not a video"),
         (["judge", "--videos", str(tmp_path / "json")], "need file_name and caption"),
         (["render", "--output", str(tmp_path / "o"), "--num-clips", "2", "--height", "33"], "--height 33: .* 32 or 34"),
