@@ -229,6 +229,10 @@ def on_rank_zero(action: Callable[[], Any]) -> Any:
     return outcome[0]
 
 
+_HELD: set[int] = set()  # locks of only_job, which forked children let go: they may outlive a killed parent
+os.register_at_fork(after_in_child=lambda: [os.close(_HELD.pop()) for _ in range(len(_HELD))])
+
+
 @contextlib.contextmanager
 def only_job(folder: str | Path) -> Iterator[None]:
     """One job at a time makes `folder`; all its ranks enter together. Raises `UserError` when another job is at it, or when
@@ -239,7 +243,9 @@ def only_job(folder: str | Path) -> Iterator[None]:
     def take() -> int:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            return lock_file(lock)[0]
+            descriptor = lock_file(lock)[0]
+            _HELD.add(descriptor)
+            return descriptor
         except BlockingIOError as error:
             raise UserError(
                 f"{path} is being made by {error.strerror}: when that is done, the same command uses it"
@@ -254,6 +260,7 @@ def only_job(folder: str | Path) -> Iterator[None]:
         yield
     finally:
         if rank_and_world()[0] == 0:
+            _HELD.discard(descriptor)
             lock.unlink(missing_ok=True)  # while it is held: see lock_file
             os.close(descriptor)
 
