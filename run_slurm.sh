@@ -33,7 +33,8 @@ export RDZV_ENDPOINT=${hosts[0]}:${RDZV_PORT:-$((20000 + SLURM_JOB_ID % 10000))}
 config=$(WORLD_SIZE=$((NNODES * NGPU)) python -m fvtitan.config "$CONFIG_FILE" "$@")
 dump=$(sed -n 's/^dump_folder = "\(.*\)"$/\1/p' <<<"$config")
 
-# The file asks the ranks to stop, also while they are being started: it names this job. A signal would reach torchrun, which gives them 30 seconds, and so may cut a long save.
+# The file asks the ranks to stop, also while they are being started: it names this job. A signal would reach torchrun, which
+# gives them 30 seconds, and so may cut a long save.
 requeue=false
 trap 'requeue=true; mkdir -p "$dump"; echo "$RDZV_ID" >"$dump/stop"; echo "SIGUSR1: asked to stop, by $dump/stop"' USR1
 trap 'mkdir -p "$dump"; echo "$RDZV_ID" >"$dump/stop"; echo "SIGTERM: asked to stop, by $dump/stop"' TERM
