@@ -145,7 +145,7 @@ def main() -> int:
             peak_tflops=cfg.metrics.peak_tflops,
             config=cfg.to_dict(),
         )
-        at_exit.callback(metrics.close)
+        at_exit.push(metrics)  # closes it
         metrics.add_text("config", f"```toml\n{cfg.to_toml()}```", train_state.step)
         validator = Validator(cfg, method, metrics, device) if cfg.validation.enable else None
 
@@ -196,7 +196,7 @@ def main() -> int:
                 optimizer.zero_grad()
                 # Of this phase: sizes may differ.
                 shape, clip_cfg = method.latent_shape(batch), method.clip_config(batch)
-                tokens += method.student.num_tokens(shape) * accumulation * data_world
+                tokens += method.student.num_tokens(network_sizes["student"], shape) * accumulation * data_world
                 passes = method.passes(clip_cfg, role, method.exit_rungs(step, role))
                 flops = phase_flops(clip_cfg, passes, network_sizes, *shape[-2:])
                 metrics.meter.count_flops(flops * batches.sampler.global_batch_size)

@@ -308,7 +308,7 @@ def make_plan(cfg: JobConfig, world_size: int, rates: Rates) -> Plan:
     cfg = copy.deepcopy(cfg)
     cfg.compile.enable = False
     sizes, method = role_sizes(cfg), METHODS[cfg.method.name]
-    frames, height, width = cfg.data.latent_size()
+    (frames, height, width), student = cfg.data.latent_size(), sizes["student"]
     sequence = cfg.parallelism.context_parallel_degree
     memory, phases = measure(cfg, Mesh(cfg, "cpu"), sizes)
     videos = cfg.training.local_batch_size * _accumulation(cfg, world_size)
@@ -331,7 +331,7 @@ def make_plan(cfg: JobConfig, world_size: int, rates: Rates) -> Plan:
         flops={role: flops.phase_flops(cfg, passes[role], sizes, height, width) for role in phases},
         videos=videos,
         sequence=sequence,
-        tokens=frames * height * width // 4,
+        tokens=MODELS[cfg.models["student"].name].num_tokens(student, (1, frames, student.in_channels, height, width)),
         seconds=seconds,
     )
 

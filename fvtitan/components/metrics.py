@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -212,14 +213,21 @@ class MetricLogger:
         summary = Summary(value=[Summary.Value(tag=tag, image=image)])
         self._writer._get_file_writer().add_summary(summary, step)
 
-    def close(self) -> None:
+    def __enter__(self) -> MetricLogger:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        """`close`. W&B shows a run that an exception ends as failed."""
+        self.close(exit_code=0 if error is None else 1)
+
+    def close(self, exit_code: int = 0) -> None:
         """Flush and close everything; a closed logger may be closed again."""
         if self._file:
             self._file.close()
         if self._writer:
             self._writer.close()
         if self._wandb:
-            self._wandb.finish()
+            self._wandb.finish(exit_code=exit_code)
         self._file = self._writer = self._wandb = None
 
     def _write(self, step: int, numbers: dict[str, float]) -> None:

@@ -178,9 +178,10 @@ class ModelBase(ABC):
     def predict_velocity(self, noisy: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
         """Velocity `[B, T, C, H, W]`, at least float32, of `noisy` at `sigma [B, T]`."""
 
+    @classmethod
     @abstractmethod
-    def num_tokens(self, latent_shape: torch.Size) -> int:
-        """Tokens the network makes of latents `[B, T, C, H, W]`."""
+    def num_tokens(cls, sizes: Any, latent_shape: Sequence[int]) -> int:
+        """Tokens that a network of these sizes makes of latents `[B, T, C, H, W]`."""
 
     def predict_x0(self, noisy: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
         """Clean latents implied by the velocity."""

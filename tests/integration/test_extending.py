@@ -125,6 +125,8 @@ def done(tree, cache):
         (name, "train_edited.py" if name == "edited" else "train.py", small_arguments(cache, tree / folder, **keys))
         for name, keys, folder in jobs
     ]
+    plan = ["train_configs/tiny_finetune.toml", "--no-switches", "--world-size", "2"]
+    runs.append(("plan", "fvtitan/plan.py", [*plan, *small_arguments(cache, tree / "plan", **RESNET)]))
     environment = {**os.environ, "PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", DRIVER, json.dumps(runs)]
     end = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, timeout=900)
@@ -227,6 +229,12 @@ def test_the_family_trains(done, tree):
     assert rows[0] == {**values_of(tree / "plain")[0], "step": 1}  # checkpointing changes nothing
     saved = read_checkpoint(tree / "resnet/checkpoint/step-2")
     assert saved["roles.student.transformer.head.weight"].abs().max() > 0  # began at zero
+
+
+def test_the_family_is_planned(done):
+    status, out, error = done["plan"]
+    assert status == 0, error
+    assert "each 3 x 4 x 4 latents = 48 tokens\n" in out, out  # Wan would make 12 of them
 
 
 def test_the_family_beside_wan(done, tree):

@@ -104,7 +104,7 @@ class GaussianStudent(CausalModelBase):
     def check_cache(self, cfg, cache):
         pass
 
-    def num_tokens(self, latent_shape):
+    def num_tokens(self, sizes, latent_shape):
         return latent_shape[0]
 
     def conditioning(self, prompt_embeds):

@@ -118,7 +118,7 @@ def test_rollouts_need_no_videos(cache, tmp_path):
         loss, _ = method.single_train_step(batch, 1, role)
         assert loss.ndim == 0 and loss > 0
     assert method.latent_shape(batch) == (2, 3, 16, 4, 4)
-    assert method.student.num_tokens(method.latent_shape(batch)) == 2 * 3 * 4
+    assert method.student.num_tokens(method.student.transformer.cfg, method.latent_shape(batch)) == 2 * 3 * 4
 
 
 def test_draws_belong_to_samples_phases_and_names(cache, tmp_path, monkeypatch):

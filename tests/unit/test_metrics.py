@@ -252,8 +252,11 @@ def test_wandb_needs_the_package_and_a_token(tmp_path, monkeypatch):
 
 def test_wandb_goes_on_in_the_same_run(tmp_path, monkeypatch):
     started, logged = [], []
+    ended = []
     run = types.SimpleNamespace(
-        define_metric=lambda *a, **k: None, log=lambda row: logged.append(row), finish=lambda: None
+        define_metric=lambda *a, **k: None,
+        log=lambda row: logged.append(row),
+        finish=lambda exit_code: ended.append(exit_code),
     )
     fake = types.ModuleType("wandb")
     fake.util = types.SimpleNamespace(generate_id=lambda: f"id{len(started)}")
@@ -265,4 +268,8 @@ def test_wandb_goes_on_in_the_same_run(tmp_path, monkeypatch):
     train(tmp_path, 3, 3, enable_wandb=True, enable_tensorboard=False)
     assert [options["id"] for options in started] == ["id0", "id0"] and started[0]["config"] == {"a": 1}
     assert [row["step"] for row in logged] == [1, 2, 3]
+    keys = {"total_steps": 4, "resume_step": 3, "enable_wandb": True, "enable_tensorboard": False}
+    with pytest.raises(ZeroDivisionError), MetricLogger(tmp_path, **keys):
+        raise ZeroDivisionError
+    assert ended == [0, 0, 1]
     assert not any("secret-token" in path.read_text() for path in tmp_path.rglob("*") if path.is_file())

@@ -509,7 +509,7 @@ def test_no_secret_in_what_a_run_writes_and_prints(tmp_path, monkeypatch, capfd)
     monkeypatch.setenv("SOME_TOKEN", "s3cret-s3cret")
     cache = make_cache(tmp_path / "cache", 4)
     told: list[dict] = []
-    run = types.SimpleNamespace(define_metric=lambda *a, **k: None, log=lambda row: None, finish=lambda: None)
+    run = types.SimpleNamespace(define_metric=lambda *a, **k: None, log=lambda row: None, finish=lambda exit_code: None)
     wandb = types.ModuleType("wandb")
     wandb.util = types.SimpleNamespace(generate_id=lambda: "id")
     wandb.init = lambda **options: told.append(options) or run

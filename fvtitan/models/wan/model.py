@@ -136,16 +136,17 @@ class WanModel(ModelBase):
 
     def attention_kernel(self, cfg: JobConfig) -> str:
         sizes, batch, (t, h, w) = self.transformer.cfg, cfg.training.local_batch_size, cfg.data.latent_size()
-        tokens = self.num_tokens(torch.Size((1, t, self.latent_channels, h, w)))
+        tokens = self.num_tokens(sizes, (1, t, self.latent_channels, h, w))
         heads = sizes.num_heads // cfg.parallelism.context_parallel_degree
         return chosen_kernel((batch, tokens, heads, sizes.head_dim), self.dtype, self.device)
 
     def predict_velocity(self, noisy: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
         return _wide(self.transformer(noisy, sigma, cond.text, adapter=self.adapter))
 
-    def num_tokens(self, latent_shape: torch.Size) -> int:
+    @classmethod
+    def num_tokens(cls, sizes: WanConfig, latent_shape: Sequence[int]) -> int:
         b, t, _, h, w = latent_shape
-        return b * t * h * w // math.prod(self.transformer.cfg.patch_size)
+        return b * t * h * w // math.prod(sizes.patch_size)
 
 
 class WanCausalModel(WanModel, CausalModelBase):
