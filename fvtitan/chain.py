@@ -1,6 +1,6 @@
 """The chain on a laptop: from the shipped tiny-wan to few-step and streaming students, judged in one table and one picture.
 
-    python -m fvtitan.chain                                   # about 35 minutes on 2 CPU cores
+    python -m fvtitan.chain                                   # about half an hour on 2 CPU cores
     python -m fvtitan.chain --seeds 0 1 2 --output outputs/chain
 
 Trains `tiny_dfsft.toml`, `tiny_kd.toml`, `tiny_dmd2.toml`, `tiny_kd_causal.toml` and `tiny_self_forcing.toml` with train.py, as

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
+import socket
 import stat
 import tempfile
 import time
@@ -61,6 +62,8 @@ def init_distributed(cfg: CommConfig, dump_folder: Path | None = None) -> torch.
     if "RANK" in os.environ:
         dist.init_process_group(backend, timeout=cfg.timeout)
     else:
+        if loopback := {"lo", "lo0"} & {name for _, name in socket.if_nameindex()}:
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback.pop())  # alone: no port that others can reach
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=cfg.timeout)
     return device
 

@@ -57,7 +57,8 @@ class KDConfig(MethodConfig):
     cache_dtype: Literal["bfloat16", "float32", "float64"] = "bfloat16"
     """In which the trajectories are stored; float64 also integrates in it."""
     store_whole_trajectories: bool = False
-    """Store all states, for students with other steps; more disk by (teacher_inference_steps + 1) / student_sample_steps."""
+    """Store all states, for students with other steps; the disk that it needs grows by (teacher_inference_steps + 1) /
+    (student_sample_steps + 1)."""
 
     def check(self, cfg: JobConfig) -> None:
         if not cfg.models["student"].trainable:

@@ -116,7 +116,7 @@ DOCS_TRAIN = [
     command
     for text in PAGES.values()
     for command in commands_of(text)
-    if re.search(r"run_(train|slurm)\.sh|train\.py", command) and command not in COMMANDS
+    if re.search(r"run_(train|slurm)\.sh|train\.py", command) and command not in COMMANDS and "--help" not in command
 ]
 
 

@@ -28,6 +28,7 @@ from fvtitan.data.latent_cache import LatentCache, text_key
 from fvtitan.data.listing import list_records
 from fvtitan.data.trajectory_cache import TrajectoryCache, TrajectoryFolder, num_complete
 from fvtitan.distributed.parallelize import apply_compile
+from fvtitan.distributed.utils import CommConfig, close_distributed, init_distributed
 from fvtitan.errors import UserError, cli, redacted
 from fvtitan.generate import load_model
 from fvtitan.methods import METHODS
@@ -530,6 +531,21 @@ def test_no_secret_in_what_a_run_writes_and_prints(tmp_path, monkeypatch, capfd)
     assert len(files) > 8 and not [path for path in files if b"s3cret" in path.read_bytes()]
     out, err = capfd.readouterr()
     assert "***" in out and "error: ***!" in err and "s3cret" not in out + err
+
+
+def test_a_run_alone_opens_no_port_to_others(monkeypatch):
+    """Its gloo listens on the loopback interface, whatever address the host's name has."""
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    monkeypatch.delenv("RANK", raising=False)
+    init_distributed(CommConfig())
+    try:
+        names = [os.readlink(path) for path in Path("/proc/self/fd").iterdir() if path.is_symlink()]
+        own = {int(name[8:-1]) for name in names if name.startswith("socket:[")}
+        lines = [line for name in ("tcp", "tcp6") for line in Path("/proc/self/net", name).read_text().splitlines()[1:]]
+        listening = [row for row in map(str.split, lines) if row[3] == "0A" and int(row[9]) in own]
+    finally:
+        close_distributed()
+    assert {row[1].split(":")[0] for row in listening} == {"0100007F"} and os.environ["GLOO_SOCKET_IFNAME"] == "lo"
 
 
 def test_no_secret_in_a_stack_trace(monkeypatch):
