@@ -188,6 +188,10 @@ class Runner:
                     passed_on = self.stops
                     self._terminate()
         finally:
+            if self.running:  # an exception came between
+                self._terminate()
+                for process, _ in self.running.values():
+                    process.wait()
             for number, handler in handlers.items():
                 signal.signal(number, handler)
         if self.stops:
@@ -198,6 +202,7 @@ class Runner:
     def _start(self, stage: Stage) -> None:
         log = self._log(stage)
         log.parent.mkdir(parents=True, exist_ok=True)
+        self._mark(stage).unlink(missing_ok=True)  # it writes where the results of an earlier request are
         # One thread each: see run_train.sh. A session of its own: Ctrl-C is passed on once, by us.
         environment = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", **os.environ}
         with open(log, "ab") as file:

@@ -695,13 +695,22 @@ def _split_config_file(argv: list[str]) -> tuple[str, list[str]]:
     return path, rest
 
 
-def _with_python_booleans(argv: list[str]) -> list[str]:
-    """TOML's true and false, as tyro wants them."""
-    python = {"true": "True", "false": "False"}
-    words = []
+def _with_python_booleans(argv: list[str], cfg: JobConfig) -> list[str]:
+    """TOML's true and false, as tyro wants them; the values of keys that hold text in `cfg` stay."""
+
+    def is_text(key: str) -> bool:
+        value: Any = cfg
+        for part in key.lstrip("-").replace("-", "_").split("."):
+            value = value.get(part) if isinstance(value, dict) else getattr(value, part, None)
+        return isinstance(value, str)
+
+    python, words, key = {"true": "True", "false": "False"}, [], ""
     for argument in argv:
         flag, equals, value = argument.partition("=")
-        words.append(f"{flag}={python[value]}" if equals and value in python else python.get(argument, argument))
+        key = flag if flag.startswith("--") else key
+        if not is_text(key):
+            argument = f"{flag}={python[value]}" if equals and value in python else python.get(argument, argument)
+        words.append(argument)
     return words
 
 
@@ -724,7 +733,7 @@ def load_config(argv: list[str], *, training: bool = True, world_size: int | Non
             cfg = tyro.cli(
                 JobConfig,
                 default=cfg,
-                args=_with_python_booleans(overrides),
+                args=_with_python_booleans(overrides, cfg),
                 config=(tyro.conf.FlagConversionOff,),
                 use_underscores=True,
                 console_outputs=True,

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from fvtitan.errors import UserError
+from fvtitan.errors import UserError, nearest_multiples
 from fvtitan.flow_matching import NUM_TIMESTEPS
 from fvtitan.models.blocks import CausalConfig
 from fvtitan.models.pipeline import CONTRACT_NAME
@@ -88,6 +88,14 @@ class SamplerContract:
             value = getattr(self, name)
             if not (value > 0 and math.isfinite(value)):
                 raise UserError(f"sampler.{name} = {value}: must be > 0")
+        if self.num_frames % 4 != 1:
+            nearest = nearest_multiples(self.num_frames, 4, 1)
+            raise UserError(f"sampler.num_frames = {self.num_frames}: must be 4n + 1; nearest: {nearest}")
+        for name in ("height", "width"):
+            value = getattr(self, name)
+            if value % 16:
+                nearest = nearest_multiples(value, 16)
+                raise UserError(f"sampler.{name} = {value}: must be a multiple of 16; nearest: {nearest}")
         if not 0 <= self.guidance_scale < math.inf:
             raise UserError(f"sampler.guidance_scale = {self.guidance_scale}: must be >= 0")
         if not 0 <= self.context_noise <= 1:

@@ -102,6 +102,8 @@ def score(
         embeds = [prompt_embeds[i % len(prompts)] for i in indices]
         with torch.no_grad():
             latents = sample_latents(model, spec, embeds, seed=seed, indices=indices, shape=shape)
+        if not torch.isfinite(latents).all():
+            raise UserError(f"{name}: the latents are not finite: damaged weights, or a ladder they cannot follow")
         for i, pixels in zip(indices, vae.decode(latents), strict=True):
             frames = to_uint8(pixels)
             judged.append(judge_video(frames, prompts[i % len(prompts)]))
@@ -255,6 +257,14 @@ def main() -> None:
     for option, values in (("--steps", args.steps), ("--num-videos", args.num_videos)):
         if min(values) < 1:
             raise UserError(f"{option} {min(values)}: must be >= 1")
+    for scale in args.guidance:
+        if not 0 <= scale < float("inf"):
+            raise UserError(f"--guidance {scale}: must be >= 0 (1: none)")
+    if (args.raw or args.untrained) and not any(map(is_checkpoint, args.models)):
+        flag = "--raw" if args.raw else "--untrained"
+        raise UserError(f"{flag}: none of --models is the checkpoint of a run (.../checkpoint/step-<N>); leave it out")
+    if args.thirds and min(args.num_frames) < 5:
+        raise UserError(f"--thirds: --num-frames {min(args.num_frames)} has no thirds to judge; need at least 5")
     if len(args.num_videos) not in (1, len(args.num_frames)):
         raise UserError(
             f"--num-videos {' '.join(map(str, args.num_videos))}: need one number, or one for each of the "

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from fvtitan.contract import SamplerContract
 from fvtitan.flow_matching import NUM_TIMESTEPS, euler_ladder
+from fvtitan.models.wan.weights import is_checkpoint
 from fvtitan.samplers import describe, num_forwards
 
 EXAMPLE_PROMPT = "a small red circle moving left slowly on a dark grey background"
@@ -74,6 +76,14 @@ def _table(contract: SamplerContract) -> list[str]:
     return ["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows.items())]
 
 
+def _base_arguments(base: str) -> str:
+    """Of from_pretrained, for a pipeline named as `models.<role>.init_from` names it; a run's checkpoint is none."""
+    if is_checkpoint(base):
+        return repr(f"{base}, exported as diffusers: its folder")
+    name, at, revision = (base, "", "") if Path(base).is_dir() else base.partition("@")
+    return repr(name) + (f", revision={revision!r}" if at else "")
+
+
 def diffusers_lines(contract: SamplerContract, format: str, base: str, dtype: str) -> list[str]:
     """Python that samples it by WanPipeline on the same ladder, run in the export's folder."""
     steps, sde = len(contract.sigmas) - 1, contract.solver == "sde"
@@ -88,7 +98,7 @@ def diffusers_lines(contract: SamplerContract, format: str, base: str, dtype: st
     lines = ["import torch", "from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline", ""]
     if format == "lora":
         lines += [
-            f'pipe = WanPipeline.from_pretrained("{base}", {kind})',
+            f"pipe = WanPipeline.from_pretrained({_base_arguments(base)}, {kind})",
             'pipe.load_lora_weights(".", weight_name="pytorch_lora_weights.safetensors")  # needs peft',
             f"pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift={contract.shift!r}, stochastic_sampling={sde})",
         ]

@@ -66,7 +66,8 @@ def _prepare_prompts(cfg: JobConfig) -> None:
 
 
 def _to_be_made(cfg: JobConfig, path: str) -> bool:
-    return cfg.data.moving_shapes_clips > 0 and not (Path(path) / "manifest.json").is_file()
+    """As rank 0 sees it: another job may be making the cache, and file servers show it to some later."""
+    return on_rank_zero(lambda: cfg.data.moving_shapes_clips > 0 and not (Path(path) / "manifest.json").is_file())
 
 
 def _write_captions(path: Path, num_clips: int, seed: int) -> None:

@@ -14,7 +14,8 @@ from fvtitan.assets.build_tiny_wan import training_minutes, transformer_tensors
 from fvtitan.components.checkpoint_folder import DamagedCheckpoint, read_tensors
 from fvtitan.errors import UserError
 from fvtitan.generate import load_model, parse_rungs
-from fvtitan.models.pipeline import pipeline_shift
+from fvtitan.models.encoders import VideoVAE
+from fvtitan.models.pipeline import TINY_WAN, pipeline_shift
 from fvtitan.models.wan import weights
 from fvtitan.models.wan.model import WanCausalModel
 from fvtitan.samplers import SamplerSpec, num_forwards
@@ -95,6 +96,14 @@ def test_a_pipeline_is_sampled_on_its_own_shift(tmp_path):
         pipeline_shift(tmp_path / "nowhere")
 
 
+def test_latents_that_are_not_finite_are_refused(monkeypatch):
+    model, vae = load_model(TINY_WAN).model, VideoVAE(TINY_WAN)
+    monkeypatch.setattr(score, "sample_latents", lambda *a, shape, **k: torch.full((1, *shape), torch.nan))
+    spec = SamplerSpec((1.0, 0.0))
+    with pytest.raises(UserError, match="tiny: the latents are not finite"):
+        score.score("tiny", model, spec, vae, ["a red circle"], [torch.zeros(1, 64)], num_frames=5, num_videos=1)
+
+
 def test_rows_and_table(checkpoint):
     sources = ["tiny-wan", str(checkpoint)]
     scored = list(score_sources(sources, steps=(2, 1), lengths=(9, 21), num_videos=2, guidance=(3.0,)))
@@ -155,6 +164,10 @@ def test_the_program(tmp_path, capsys):
         (["--steps", "0"], "--steps 0: must be >= 1"),
         (["--num-videos", "4", "2"], "--num-videos 4 2: need one number, or one for each of the 1 lengths"),
         (["--models", "nowhere"], "'nowhere' is neither"),
+        (["--guidance", "3", "nan"], "--guidance nan: must be >= 0"),
+        (["--raw"], "--raw: none of --models is the checkpoint of a run"),
+        (["--untrained"], "--untrained: none of --models is the checkpoint of a run"),
+        (["--thirds", "--num-frames", "1"], "--thirds: --num-frames 1 has no thirds"),
     ],
 )
 def test_bad_arguments_are_one_line(arguments, message, capsys):

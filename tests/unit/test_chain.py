@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from fvtitan import chain as program
 from fvtitan.chain import (
     SCORES,
     STUDENTS,
@@ -130,6 +131,28 @@ def test_a_score_is_not_measured_twice_but_again_for_other_weights(tmp_path, cap
         assert Runner(tmp_path, jobs=1).run([stage]) == 0
         assert (tmp_path / "log/scores/x.log").read_text() == "ran\n" * expected
     assert "scores/x: is there" in capsys.readouterr().out
+
+
+def test_a_score_that_was_begun_for_another_request_is_not_taken_for_the_first(tmp_path):
+    """Its rows are where those of the first were, whatever became of it."""
+    (tmp_path / "scores/x").mkdir(parents=True)
+    first, other = (python("scores/x", f"print({name!r})", model=tmp_path) for name in ("first", "other"))
+    assert Runner(tmp_path, jobs=1).run([first]) == 0
+    killed = Runner(tmp_path, jobs=1)
+    killed._start(other)
+    [(process, _)] = killed.running.values()
+    process.wait()
+    assert Runner(tmp_path, jobs=1).run([first]) == 0
+    assert (tmp_path / "log/scores/x.log").read_text() == "first\nother\nfirst\n"
+
+
+def test_an_error_of_its_own_leaves_nothing_running(tmp_path, monkeypatch):
+    monkeypatch.setattr(program, "write_json", lambda *_: 1 / 0)
+    runner = Runner(tmp_path, jobs=2)
+    with pytest.raises(ZeroDivisionError):
+        runner.run([python("ends", ""), python("stays", "while True: pass")])
+    [(process, _)] = runner.running.values()
+    assert process.poll() == -signal.SIGTERM
 
 
 # ---------------------------------------------------------------------------------------------------- what came out

@@ -42,6 +42,8 @@ def test_precedence_and_both_spellings(tmp_path):
     cfg = load(tmp_path, text, "--training.steps=9", "--ema.enable", "true", "--optimizer.betas", "0.5", "0.75")
     assert (cfg.training.steps, cfg.training.seed, cfg.ema.enable, cfg.optimizer.betas) == (9, 3, True, (0.5, 0.75))
     assert load(tmp_path, text, "--compile.enable=false", "--ema.enable=True").ema.enable is True
+    words = load(tmp_path, text, "--job.description", "true", "--job.dump_folder=false").job
+    assert (words.description, words.dump_folder) == ("true", "false")
 
 
 def test_zero_is_a_value(tmp_path):

@@ -77,6 +77,8 @@ def test_a_pipeline_of_others_has_none(tmp_path):
         ({"sigmas": [1.0, 0.5, 0.7, 0.0]}, r"need a ladder in \[0, 1\] that descends to 0"),
         ({"sigmas": [1.0, 0.5]}, r"need a ladder"),
         ({"sigmas": "1, 0"}, r"sampler.sigmas = '1, 0' has the wrong type"),
+        ({"num_frames": 34}, r"sampler.num_frames = 34: must be 4n \+ 1; nearest: 33 or 37"),
+        ({"height": 100}, r"sampler.height = 100: must be a multiple of 16; nearest: 96 or 112"),
         ({"num_frames": 33.5}, r"sampler.num_frames = 33.5 has the wrong type"),
         ({"guidance_scale": float("nan")}, r"sampler.guidance_scale = nan: must be >= 0"),
         ({"causal": None, "streaming": True}, r"sampler.causal is missing"),
