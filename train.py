@@ -26,7 +26,7 @@ from fvtitan.components.resume import check_changes
 from fvtitan.components.rng import seed_global_generators
 from fvtitan.components.stateful import TrainState
 from fvtitan.components.stops import Stops
-from fvtitan.components.validation import Validator
+from fvtitan.components.validation import Validator, is_validated
 from fvtitan.components.watchdog import Watchdog
 from fvtitan.config import load_config
 from fvtitan.data.dataloader import BatchStream
@@ -118,15 +118,20 @@ def main() -> int:
                     log(change)
                 for module in method.role_modules.values():
                     reshard(module)
-                checkpointer.load(source, states)
+                switched = ("ema.student",) if "ema.enable" in cfg.checkpoint.allow_changed else ()
+                lacking = checkpointer.load(source, states, allow_missing=switched, allow_unexpected=switched)
+                if "ema.student" in lacking:
+                    ema.restart()  # as a copy of the loaded student
                 method.apply_hyper_parameters()
                 log(f"resumed from {source}: {train_state.step} of {cfg.training.steps} steps are done")
             else:
                 log("no checkpoint to resume from: a fresh start")
-        stops.step = train_state.step
-        first_step = train_state.step + 1
-        if first_step > cfg.training.steps:
-            log(f"this job is finished: {train_state.step} of {cfg.training.steps} steps are done; nothing to do")
+        stops.step = step = train_state.step
+        first_step, final = step + 1, step == cfg.training.steps
+        # A job that was killed in the validation after its last step is not finished.
+        owes_validation = final and cfg.validation.enable and not on_rank_zero(lambda: is_validated(dump_folder, step))
+        if first_step > cfg.training.steps and not owes_validation:
+            log(f"this job is finished: {step} of {cfg.training.steps} steps are done; nothing to do")
             return 0
 
         # ------------------------------------------------------------------------------- metrics, validation
@@ -148,6 +153,9 @@ def main() -> int:
         at_exit.push(metrics)  # closes it
         metrics.add_text("config", f"```toml\n{cfg.to_toml()}```", train_state.step)
         validator = Validator(cfg, method, metrics, device) if cfg.validation.enable else None
+        if owes_validation:
+            with watchdog.resting(f"validation of step {step}"):
+                validator.run(step, ema, last=True)
 
         # ------------------------------------------------------------------------------------- the train loop
         accumulation = batches.accumulation

@@ -410,8 +410,8 @@ class Checkpointer:
         allow_missing: Collection[str] = (),
         allow_unexpected: Collection[str] = (),
         allow_cast: bool = False,
-    ) -> Path:
-        """Load a step of this folder, or a checkpoint folder anywhere. Returns the path it came from.
+    ) -> list[str]:
+        """Load a step of this folder, or a checkpoint folder anywhere. Returns the states that it lacks.
 
         `allow_missing`: name prefixes of states that the checkpoint may lack; such a state is left as it is, as a
         whole. `allow_unexpected`: prefixes of what the checkpoint may hold beyond `states` ("" for anything).
@@ -434,7 +434,8 @@ class Checkpointer:
             return names, templates, tensors
 
         names, templates, tensors = self._everywhere(what, plan, share=False)
-        for name in sorted(set(states) - set(names)):
+        lacking = sorted(set(states) - set(names))
+        for name in lacking:
             logger.warning("%s is not in %s: it starts anew", name, path)
         read_into(tensors, path, files, what, self._group)
 
@@ -446,7 +447,7 @@ class Checkpointer:
 
         self._everywhere(what, restore)
         self._loaded_from = path.resolve()
-        return path
+        return lacking
 
     def _read_all(self, path: Path) -> tuple[str, set[str]]:
         """What is wrong with a checkpoint, the same on all ranks, or ""; and the names in its manifest. Collective.

@@ -62,6 +62,12 @@ class EMA:
         torch._foreach_lerp_(shadow, parameters, 1 - self.cfg.decay)
         self.num_updates += 1
 
+    @torch.no_grad()
+    def restart(self) -> None:
+        """Begin anew with what the role holds now."""
+        torch._foreach_copy_(*self._pairs())
+        self.num_updates = 0
+
     @contextlib.contextmanager
     def swapped(self) -> Iterator[None]:
         """Inside, the role holds the average; afterwards its own parameters again, bit for bit."""

@@ -5,6 +5,7 @@ Noise, clips and noise levels are fixed by the seed alone, so numbers are compar
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from fvtitan.components.rng import generator
 from fvtitan.components.visualise import contact_sheet, video_name
 from fvtitan.data.latent_cache import LatentCache
 from fvtitan.distributed.mesh import data_ranks, leads_sequence
+from fvtitan.distributed.utils import free_memory
 from fvtitan.errors import UserError
 from fvtitan.flow_matching import sample_sigma
 from fvtitan.methods.base import TrainingMethod
@@ -34,7 +36,9 @@ from fvtitan.samplers import SamplerSpec
 if TYPE_CHECKING:
     from fvtitan.config import JobConfig
 
+ENCODED_TOGETHER = 8
 NUM_QUANTILES = 9
+VALUES = "step-{}/values.json"
 SHEET_ROWS = 16
 SIDE_BY_SIDE_PROMPTS = 6
 
@@ -88,6 +92,11 @@ def sample_latents(
     return samplers.sample(model, spec, fresh(0), cond, uncond, fresh)
 
 
+def is_validated(dump_folder: Path, step: int) -> bool:
+    """Whether the validation of a step is there, and whole."""
+    return (dump_folder / "validation" / VALUES.format(step)).is_file()
+
+
 class Validator:
     """Samples, writes, judges. Every rank takes part: forwards of a sharded model are collective."""
 
@@ -102,7 +111,8 @@ class Validator:
         self.writes = leads_sequence(cfg)
         self.folder = Path(cfg.job.dump_folder) / "validation"
         self.vae = VideoVAE(cfg.data.pipeline, device=device)
-        self.prompts = read_prompts(cfg.validation.prompts)
+        videos = max(cfg.validation.num_prompts, cfg.validation.num_prompts_last)
+        self.prompts = read_prompts(cfg.validation.prompts)[:videos]
         self.embeds = self._encode_prompts()
         self.heldout = LatentCache(cfg.validation.heldout_path) if cfg.validation.heldout_path else None
         latent_frames = (cfg.data.num_frames - 1) // self.vae.temporal_ratio + 1
@@ -111,13 +121,17 @@ class Validator:
         self._reference: tuple[dict[str, float], list[_Sample]] | None = None  # sampled once: it does not change
 
     def _encode_prompts(self) -> list[Tensor]:
-        """Embeddings of all prompts: rank 0 encodes once, then the text encoder leaves memory."""
+        """Embeddings of the prompts: rank 0 encodes once, then the text encoder leaves memory."""
         path = self.folder / "prompts.safetensors"
         if self.rank == 0:
-            encoder = TextEncoder(self.cfg.data.pipeline, device=self.device)
-            rows = encoder.encode(self.prompts)
+            encoder, rows = TextEncoder(self.cfg.data.pipeline, device=self.device), []
+            for start in range(0, len(self.prompts), ENCODED_TOGETHER):
+                encoded = encoder.encode(self.prompts[start : start + ENCODED_TOGETHER])
+                rows += [row.to("cpu", torch.bfloat16) for row in encoded]
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomic(path, save({f"{i:05d}": row.to(torch.bfloat16).cpu() for i, row in enumerate(rows)}))
+            write_atomic(path, save({f"{i:05d}": row for i, row in enumerate(rows)}))
+            del encoder, encoded
+            free_memory(self.device)
         dist.barrier()
         stored = load_file(path)
         return [stored[f"{i:05d}"] for i in range(len(self.prompts))]
@@ -142,6 +156,8 @@ class Validator:
                 scores, shown = self._videos(student, spec, step, num_videos, "ema")
                 values, columns = values | scores, columns | {"ema": shown}
         student.transformer.train()
+        for model in self.method.role_models.values():
+            model.release_cache()
         if self._reference is not None:
             values, columns = values | self._reference[0], columns | {"teacher": self._reference[1]}
         self.metrics.log(step, values)
@@ -155,22 +171,23 @@ class Validator:
                     (f"{s.prompt}: {name}", s.frames) for row in rows for name, s in zip(columns, row, strict=True)
                 ]
                 contact_sheet(labelled, folder / "side_by_side.png")
+            write_atomic(self.folder / VALUES.format(step), json.dumps(values, indent=1))  # last: see is_validated
             print(f"validation videos: {folder}", flush=True)
 
     @torch.no_grad()
     def _videos(
         self, model: ModelBase, spec: SamplerSpec, step: int, num_videos: int, name: str
     ) -> tuple[dict[str, float], list[_Sample]]:
-        """Sample, write and judge under `name`. Returns the scores (on every rank) and the first videos (on rank 0)."""
+        """Sample, write and judge under `name`. Returns the scores (on every rank) and the first videos (on rank 0 alone)."""
         suffix = "" if name == "student" else f"_{name}"
         folder = self.folder / f"step-{step}" / name
         samples = self._sample(model, spec, num_videos)
         judged = self._judge(samples) if self.cfg.validation.judge else []
         self._write(samples, folder)
-        gathered: list[Any] = [None] * dist.get_world_size()
         shown = [sample for sample in samples if sample.index < SHEET_ROWS]
-        dist.all_gather_object(gathered, (shown, judged))
-        rows = sorted((s for shown, _ in gathered for s in shown), key=lambda s: s.index)
+        gathered: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(gathered, (bool(shown), judged))
+        rows = sorted(self._to_rank_zero(shown, [some for some, _ in gathered]), key=lambda s: s.index)
         if self.rank == 0:
             contact_sheet([(s.prompt, s.frames) for s in rows], folder / "contact_sheet.png")
             for sample in rows[:4]:
@@ -184,6 +201,18 @@ class Validator:
         everyone = sorted((item for _, judged in gathered for item in judged), key=lambda item: item[0])
         scores = summarise([judgement for _, judgement in everyone])
         return {f"judge{suffix}/{key}": value for key, value in scores.items()}, rows
+
+    def _to_rank_zero(self, shown: list[_Sample], have: Sequence[bool]) -> list[_Sample]:
+        """From the ranks that have some, one after another: gathered, every rank would hold room for all."""
+        if self.rank and shown:
+            dist.send_object_list([shown], dst=0)
+        if self.rank:
+            return []
+        for source in [rank for rank, some in enumerate(have) if rank and some]:
+            received: list[Any] = [None]
+            dist.recv_object_list(received, src=source)
+            shown = shown + received[0]
+        return shown
 
     def _batches(self, count: int, shapes: Sequence[Sequence[int]] = ()) -> list[list[int]]:
         """This data rank's batches of 0 .. count-1, each of one of their `shapes`. All ranks get equally many (an empty one

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import gc
 import os
 import socket
 import stat
@@ -266,6 +267,13 @@ def only_job(folder: str | Path) -> Iterator[None]:
             _HELD.discard(descriptor)
             lock.unlink(missing_ok=True)  # while it is held: see lock_file
             os.close(descriptor)
+
+
+def free_memory(device: torch.device) -> None:
+    """Give back what no name holds any more: whole networks are cycles of references, which go when Python collects."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def log(message: str) -> None:

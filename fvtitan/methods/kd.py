@@ -7,7 +7,6 @@ Self-Forcing, arXiv:2506.08009); with an autoregressive teacher, Causal-Forcing 
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from fvtitan import flow_matching
 from fvtitan.data.trajectory_cache import TrajectoryCache, num_complete
-from fvtitan.distributed.utils import on_rank_zero
+from fvtitan.distributed.utils import free_memory, on_rank_zero
 from fvtitan.errors import UserError
 from fvtitan.flow_matching import NUM_TIMESTEPS
 from fvtitan.methods.base import MethodConfig, TrainingMethod, check_no_heldout_loss, check_num_frames_per_block
@@ -202,9 +201,7 @@ class KDMethod(TrainingMethod):
         teacher = self.role_models.pop("teacher", None)
         self.data: TrajectoryCache = prepare_trajectories(self.cfg, teacher, self.data, self.student.latent_channels)
         del teacher
-        gc.collect()  # a sharded module is a cycle of references
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        free_memory(self.device)
 
     @classmethod
     def sampler(cls, cfg: JobConfig) -> SamplerSpec:

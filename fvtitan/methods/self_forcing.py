@@ -7,6 +7,7 @@ have no graph.
 
 from __future__ import annotations
 
+import contextvars
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -314,11 +315,12 @@ class SelfForcingMethod(DMD2Method):
 
 
 class _Replayed(torch.autograd.Function):
-    """A loss whose gradient is worked out by `run(scale)` when backward reaches it."""
+    """A loss whose gradient is worked out by `run(scale)` when backward reaches it: of a GPU in a thread of autograd's, where
+    the settings of torch.compile, which are context variables, would be others."""
 
     @staticmethod
     def forward(ctx: Any, loss: Tensor, run: Callable[[Tensor], None]) -> Tensor:
-        ctx.run = run
+        ctx.run = functools.partial(contextvars.copy_context().run, run)
         return loss.clone()
 
     @staticmethod

@@ -170,6 +170,9 @@ class ModelBase(ABC):
         """Bytes of the KV cache that is kept between rollouts."""
         return 0
 
+    def release_cache(self) -> None:  # noqa: B027 (most have none)
+        """Let go of it: what samples now and then must not hold it while others train."""
+
     def gathered(self) -> contextlib.AbstractContextManager[None]:
         """Inside, a sharded network is gathered once and stays so, for several forwards in a row."""
         return contextlib.nullcontext()

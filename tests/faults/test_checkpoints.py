@@ -370,15 +370,11 @@ def test_each_method_goes_on_where_it_was(cache, tmp_path, method):
             "the optimizer trains other parameters",
         ),
         (
-            {"ema__enable": False, "checkpoint__allow_changed": "ema.enable"},
-            "unexpected in the checkpoint: ema.student",
-        ),
-        (
             {"models.student.lora.rank": 4, "checkpoint__allow_changed": "models.student.lora.rank"},
             "the checkpoint lacks identity.student; it holds ",
         ),
     ],
-    ids=["another network", "no moving average", "adapters"],
+    ids=["another network", "adapters"],
 )
 def test_what_does_not_fit_is_listed(arguments, tmp_path, whole, monkeypatch, capsys, keys, message):
     """Fault 35. By name, before anything is loaded."""

@@ -34,12 +34,14 @@ Which test holds each of those defects; a test below sees that all of them exist
 from __future__ import annotations
 
 import dataclasses
+import gc
 import itertools
 import json
 import os
 import re
 import sys
 import typing
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -64,6 +66,7 @@ from fvtitan.methods.base import MethodConfig
 from fvtitan.methods.finetune import FineTuneConfig, FineTuneMethod
 from fvtitan.methods.passes import Pass
 from fvtitan.models import build_roles
+from fvtitan.models.encoders import TextEncoder
 from fvtitan.models.wan import weights
 from fvtitan.models.wan.flops import forward_flops
 from fvtitan.models.wan.model import WanModel
@@ -902,6 +905,28 @@ def test_validation_samples_as_the_method_says(built, monkeypatch):
     monkeypatch.setattr(FineTuneMethod, "sampler", classmethod(lambda cls, cfg: spec))
     built.validator.run(1, None, last=False)
     assert seen == [(built.method.student, spec)]
+
+
+def test_what_validation_needs_leaves_memory(built, monkeypatch):
+    """The text encoder at once, though train.py collects no garbage by then; the KV cache of a streamed sample."""
+    encoders, made, released = [], TextEncoder.__init__, []
+    monkeypatch.setattr(
+        TextEncoder, "__init__", lambda self, *a, **k: encoders.append(weakref.ref(self)) or made(self, *a, **k)
+    )
+    counts, encode = [], TextEncoder.encode
+    monkeypatch.setattr(
+        TextEncoder, "encode", lambda self, prompts: counts.append(len(prompts)) or encode(self, prompts)
+    )
+    monkeypatch.setattr(built.cfg.validation, "num_prompts", 11)
+    gc.disable()
+    try:
+        validator = Validator(built.cfg, built.method, built.validator.metrics, torch.device("cpu"))
+        assert [ref() for ref in encoders] == [None] and counts[-2:] == [8, 3] and len(validator.embeds) == 11
+    finally:
+        gc.enable()
+    monkeypatch.setattr(type(built.method.student), "release_cache", lambda model: released.append(model))
+    built.validator.run(2, None, last=False)
+    assert released == [built.method.student]
 
 
 def test_the_table_above_names_tests_that_exist():

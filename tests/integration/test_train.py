@@ -17,9 +17,11 @@ import torch
 from fvtitan.components.metrics import read_metrics
 from fvtitan.components.rng import fold
 from fvtitan.components.stops import read_status
+from fvtitan.components.validation import Validator
 from fvtitan.config import load_config
 from fvtitan.data.dataloader import GlobalBatchSampler
 from fvtitan.data.latent_cache import LatentCache
+from fvtitan.errors import UserError
 from fvtitan.flops import phase_flops
 from fvtitan.methods import METHODS
 from fvtitan.methods.dmd2 import DMD2Method
@@ -262,6 +264,44 @@ def test_a_changed_key_is_refused_with_both_values_or_takes_effect(cache, tmp_pa
     assert lr[2] == pytest.approx(2 * 1e-3) and lr[3] == pytest.approx(2e-3 / 2)  # cosine: 1 and 1/2 of the peak
     groups = json.loads((tmp_path / "checkpoint/step-4/state.json").read_text())["states"]["optimizers.student"]
     assert sorted(group["weight_decay"] for group in groups["param_groups"]) == [0.0, 0.5]
+
+
+@pytest.mark.faults
+def test_a_validation_that_failed_after_the_last_step_is_made_up_for(cache, tmp_path, monkeypatch, capsys):
+    """All steps are done and saved; only the validation is made, and then the job is finished."""
+    keys = {"validation__enable": True, "validation__num_prompts": 1, "validation__sampling_steps": 1}
+    arguments = small(cache, tmp_path, **keys, training__steps=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(Validator, "_write", lambda *_: (_ for _ in ()).throw(UserError("no room")))
+        assert train(arguments) == 2
+    assert read_status(tmp_path)["reason"] == "no room"
+    monkeypatch.setattr(FineTuneMethod, "single_train_step", None)
+    assert train(arguments) == 0
+    assert list((tmp_path / "validation/step-2/ema").glob("*.mp4")) and read_status(tmp_path)["state"] == "finished"
+    assert "this job is finished" not in capsys.readouterr().out
+    before = [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")]
+    assert train(arguments) == 0 and "this job is finished" in capsys.readouterr().out
+    assert before == [1, 2] == [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")]
+
+
+@pytest.mark.faults
+def test_the_average_may_be_switched_off_and_on(cache, tmp_path, capsys):
+    """Fault 19. Switched on, it begins as a copy of the student that the checkpoint holds."""
+
+    def run(steps: int, average: bool, *more: str) -> int:
+        keys = {"ema__enable": average, "ema__start_step": 0, "checkpoint__interval": 1, "training__steps": steps}
+        return train([*small(cache, tmp_path, **keys), *more])
+
+    allowed = ("--checkpoint.allow_changed", "ema.enable")
+    assert run(1, True) == 0 and run(2, False) == 2
+    assert "ema.enable = True (now False)" in capsys.readouterr().err
+    assert run(2, False, *allowed) == 0 and run(3, True, *allowed) == 0
+    old, new = (read_checkpoint(tmp_path / f"checkpoint/step-{step}") for step in (2, 3))
+    averages = [name for name in new if name.startswith("ema.")]
+    assert averages and not [name for name in old if name.startswith("ema.")]
+    for name in averages:
+        own = name.replace("ema.student", "roles.student.transformer")
+        torch.testing.assert_close(new[name], torch.lerp(old[own], new[own], 0.2))
 
 
 @pytest.mark.faults

@@ -220,6 +220,9 @@ def test_the_cache_is_allocated_once_for_a_shape():
         == 8
     )
     assert model.new_cache((1, *noise.shape[1:])) is not model.new_cache(noise.shape)
+    assert model.cache_bytes() > 0
+    model.release_cache()
+    assert model.cache_bytes() == 0
 
 
 @pytest.mark.slow

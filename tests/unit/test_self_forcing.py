@@ -3,11 +3,13 @@ broken. The checks are in tests/self_forcing_oracles.py; the numbers in docstrin
 
 from __future__ import annotations
 
+import contextvars
 import dataclasses
 import functools
 import json
 import subprocess
 import sys
+import threading
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,7 +21,7 @@ from fvtitan import flow_matching as fm
 from fvtitan import samplers
 from fvtitan.components.rng import fold
 from fvtitan.errors import UserError
-from fvtitan.methods.self_forcing import SelfForcingMethod
+from fvtitan.methods.self_forcing import SelfForcingMethod, _Replayed
 from fvtitan.models import kv_cache
 from fvtitan.models.base import Conditioning
 from fvtitan.models.kv_cache import KVCache
@@ -257,6 +259,19 @@ def test_replay_equals_direct(toys, keys, dtype, tolerance):
     assert len(seen) >= (2 if "max_num_frames" in keys else 1)
     metrics = [method.single_train_step(batch, 1, "student")[1] for method in (direct, replay)]
     assert {k: float(v) for k, v in metrics[0].items()} == {k: float(v) for k, v in metrics[1].items()}
+
+
+def test_a_replay_runs_in_the_context_of_its_step():
+    """torch.compile's settings are context variables (torch >= 2.12), and a GPU's backward runs in another thread."""
+    setting, seen = contextvars.ContextVar("setting", default=0), []
+    setting.set(1)
+    loss = _Replayed.apply(
+        torch.zeros((), requires_grad=True), lambda scale: seen.append((setting.get(), float(scale)))
+    )
+    thread = threading.Thread(target=(3 * loss).backward)
+    thread.start()
+    thread.join()
+    assert seen == [(1, 3.0)]
 
 
 @pytest.mark.parametrize("mode", MODES)

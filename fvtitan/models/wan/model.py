@@ -221,6 +221,9 @@ class WanCausalModel(WanModel, CausalModelBase):
         layers = self._cache[1].layers if self._cache else []
         return sum(tensor.nbytes for layer in layers for tensor in vars(layer).values())
 
+    def release_cache(self) -> None:
+        self._cache = None
+
     def predict_velocity_streaming(
         self, noisy_block: Tensor, sigma: Tensor, cond: Conditioning, cache: KVCache, start_frame: int
     ) -> Tensor:
