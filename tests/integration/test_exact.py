@@ -47,8 +47,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from fvtitan import flow_matching, samplers
@@ -446,7 +448,7 @@ def validated(start: Path, cache: Path, heldout: Path, folder: Path, **overrides
         "checkpoint__keep_latest_k": 0,
         "validation__enable": True,
         "validation__interval": 3,
-        "validation__num_prompts": 1,
+        "validation__num_prompts": 3,
         "validation__sampling_steps": 1,
         "validation__heldout_path": heldout,
         "validation__heldout_clips": 5,  # batches of 2, 2 and 1: a second rank has nothing in the last round
@@ -505,12 +507,18 @@ def test_held_out_loss_is_the_same_on_other_ranks_and_after_a_resume(plain, resu
     assert expected[6]["validation_ema/loss"] != pytest.approx(expected[6]["validation/loss"], rel=1e-5)
 
 
+def test_one_picture_shows_what_all_ranks_have_sampled(plain, resumed):
+    """The second of two ranks samples the third video; the student is the same but for rounding."""
+    sheets = [np.asarray(Image.open(f / "validation/step-6/ema/contact_sheet.png"), int) for f in (plain, resumed)]
+    assert sheets[0].shape == sheets[1].shape and np.abs(sheets[0] - sheets[1]).max() <= 2
+
+
 @pytest.mark.slow
 def test_ranks_that_share_a_sequence_validate_as_one(runs, plain):
     shared = runs.run("shared", 2, parallelism__context_parallel_degree=2, checkpoint__enable=False)
     assert heldout_values(shared)[6] == pytest.approx(heldout_values(plain)[6], rel=1e-5)
     videos = [sorted(p.name for p in (f / "validation/step-6").rglob("*.*")) for f in (shared, plain)]
-    assert videos[0] == videos[1] and len([name for name in videos[0] if name.endswith(".mp4")]) == 2  # raw and EMA
+    assert videos[0] == videos[1] and len([name for name in videos[0] if name.endswith(".mp4")]) == 6  # raw and EMA
 
 
 def test_validation_neither_sees_nor_moves_the_generators(runs, plain, resumed):
@@ -904,7 +912,7 @@ def test_validation_samples_as_the_method_says(built, monkeypatch):
     spec = samplers.SamplerSpec(sigmas=(1.0, 0.7, 0.2, 0.0), guidance_scale=1.5)
     monkeypatch.setattr(FineTuneMethod, "sampler", classmethod(lambda cls, cfg: spec))
     built.validator.run(1, None, last=False)
-    assert seen == [(built.method.student, spec)]
+    assert seen == [(built.method.student, spec)] * 2  # batches of 2 and 1
 
 
 def test_what_validation_needs_leaves_memory(built, monkeypatch):
