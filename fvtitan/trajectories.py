@@ -87,8 +87,6 @@ def prepare_trajectories(
                 f"{folder.path}: {total - len(missing)} of {total} trajectories are there and whole; {len(missing)} to make"
             )
             fill(cfg, teacher, prompts, folder, missing)
-    else:
-        on_rank_zero(folder.clean)
     stored = method.stored(cfg.schedule.shift)
     rows = [stored.index(rung) for rung in method.rungs(cfg.schedule.shift)]
     return TrajectoryCache(folder, total, prompts, rows)

@@ -11,9 +11,9 @@ whoever makes it, in any order. Texts stay in the cache of prompts or videos tha
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
-import shutil
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -136,16 +136,14 @@ class TrajectoryFolder:
         write_atomic(self.path / name, shard_bytes(name, tensors))
 
     def commit(self, num_samples: int) -> None:
-        """All shards are there: say so, and remove the samples' own files."""
+        """All shards are there: remove the own files of the samples in them, and say so."""
+        for index in range(num_samples):
+            self.sample_path(index).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # samples of a larger cache that was not finished stay for it
+            (self.path / "samples").rmdir()
         sizes = {name: (self.path / name).stat().st_size for name in self.shards(num_samples)}
         manifest = {"format_version": FORMAT_VERSION, "num_samples": num_samples, "shards": sizes}
         write_atomic(self.path / "manifest.json", json.dumps(manifest, indent=2) + "\n")
-        self.clean()
-
-    def clean(self) -> None:
-        """Of a complete cache, remove the samples' own files."""
-        if (self.path / "samples").is_dir():
-            shutil.rmtree(self.path / "samples")
 
 
 def _is_foreign(path: Path) -> bool:
