@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from fvtitan.components.files import inside, write_atomic
+from fvtitan.components.files import inside, is_temporary, write_atomic
 from fvtitan.data.latent_cache import LatentCache, ShardFiles, shard_bytes
 from fvtitan.errors import UserError, shortened
 
@@ -44,7 +43,7 @@ class TrajectoryFolder:
         self.contract = json.loads(json.dumps(dict(contract)))
         recorded = _read_json(self.path / "contract.json")
         if recorded is None:
-            if self.path.exists() and (not self.path.is_dir() or any(map(_is_foreign, self.path.iterdir()))):
+            if self.path.exists() and (not self.path.is_dir() or not all(map(_is_ours, self.path.iterdir()))):
                 raise UserError(
                     f"method.teacher_path_cache = {str(path)!r} exists and is not a trajectory cache: use another"
                 )
@@ -146,9 +145,9 @@ class TrajectoryFolder:
         write_atomic(self.path / "manifest.json", json.dumps(manifest, indent=2) + "\n")
 
 
-def _is_foreign(path: Path) -> bool:
-    """Not what a run leaves that was killed while it wrote the contract."""
-    return not re.fullmatch(r"\.contract\.json\.\d+\.tmp", path.name)
+def _is_ours(path: Path) -> bool:
+    """What a run leaves that was killed while it wrote the contract."""
+    return is_temporary(path, r"contract\.json")
 
 
 def num_complete(path: Path, num_samples: int) -> int:
