@@ -302,6 +302,23 @@ def test_killed_while_packed_samples_are_removed(runs, whole, tmp_path):
 # --------------------------------------------------------------------------------- damage, growth, and what is refused
 
 
+@pytest.mark.faults
+def test_a_sample_that_is_not_finite_is_not_written(runs, start, tmp_path, monkeypatch):
+    """Fault 29."""
+
+    def overflows(cfg, teacher, prompts, indices, shape):
+        states = torch.zeros(len(indices), 2, *shape)
+        states[2, 0, 0] = float("nan")
+        return states, torch.zeros(len(indices), *shape)
+
+    monkeypatch.setattr(trajectories, "make_trajectories", overflows)
+    with pytest.raises(
+        UserError, match=rf": sample 2 \(.*\): the teacher {start} gives NaN or Inf, which is not written"
+    ):
+        make(runs(tmp_path, num_trajectories=8))
+    assert sorted(content(tmp_path / "recipe/trajectories/samples")) == ["000000.safetensors", "000001.safetensors"]
+
+
 class Interrupted(Exception):
     """In place of a kill, in this process."""
 
