@@ -278,8 +278,9 @@ def export_to(export: Export, output: Path, *, overwrite: bool) -> None:
 
     Raises `UserError` when it is there and may not be replaced, and `DiskFull` when the disk has no room.
     """
+    output = Path(os.path.abspath(output))  # "." has no name
     output.parent.mkdir(parents=True, exist_ok=True)
-    old = output.with_name(f".{output.name}.export.old")
+    old = output.parent / f".{output.name}.export.old"
     with _temporary_folder(output) as temporary:
         if old.exists() and not output.exists():
             old.rename(output)  # killed between the two renames below
@@ -305,7 +306,7 @@ def export_to(export: Export, output: Path, *, overwrite: bool) -> None:
 @contextlib.contextmanager
 def _temporary_folder(output: Path) -> Iterator[Path]:
     """An empty folder beside `output`, locked, gone afterwards; what a killed export left there is removed."""
-    folder = output.with_name(f".{output.name}.export.tmp")
+    folder = output.parent / f".{output.name}.export.tmp"
     folder.mkdir(exist_ok=True)
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -473,7 +474,7 @@ def main() -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
     args = parser.parse_args()
     faults.arm(os.environ)
-    start, output = time.perf_counter(), Path(args.output)
+    start, output = time.perf_counter(), Path(os.path.abspath(args.output))
     export = plan_export(args)
     export_to(export, output, overwrite=args.overwrite)
 
@@ -482,8 +483,8 @@ def main() -> None:
     size = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
     which = "moving average" if args.ema else "raw weights"
     print(
-        f"{output}: {args.format}, {args.role} of {args.checkpoint} ({which}), {args.dtype}, {size / 1e6:.1f} MB, checked with "
-        f"diffusers {diffusers.__version__}, {time.perf_counter() - start:.1f} s",
+        f"{args.output}: {args.format}, {args.role} of {args.checkpoint} ({which}), {args.dtype}, {size / 1e6:.1f} MB, checked "
+        f"with diffusers {diffusers.__version__}, {time.perf_counter() - start:.1f} s",
         flush=True,
     )
     if not args.ema and read_tensor_names(args.checkpoint, f"ema.{args.role}"):

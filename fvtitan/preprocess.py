@@ -25,7 +25,7 @@ import importlib.metadata
 import json
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -35,7 +35,7 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 
-from fvtitan.components.files import file_sha256, write_atomic
+from fvtitan.components.files import file_sha256, is_temporary, write_atomic
 from fvtitan.components.progress import Progress
 from fvtitan.components.resume import flattened
 from fvtitan.data.clips import Bucket, parse_buckets, plan_clip
@@ -47,12 +47,13 @@ from fvtitan.data.listing import (
     Keys,
     Record,
     data_root,
+    is_text,
     list_prompts,
     list_records,
 )
 from fvtitan.data.video import Isolated, VideoError, VideoLimits, probe_video, read_video
 from fvtitan.distributed.utils import close_distributed, on_rank_zero, only_job, rank_and_world
-from fvtitan.errors import UserError, cli
+from fvtitan.errors import UserError, cli, shortened
 
 SHARD_SAMPLES = 64
 # Small clips are encoded up to 8 at a time; one of 81 x 480 x 832 fills a VAE by itself.
@@ -62,7 +63,10 @@ NO_VIDEOS = "no videos in it (metadata.jsonl or .csv, or clip.mp4 beside clip.tx
 CHECK_OPTIONS = ("batch_size", "max_loss_share", "contact_sheet")
 MAKE_OPTIONS = ("model", "device", "negative_prompt", "max_bad_fraction", "overwrite")
 # What `--check` writes; a cache may be made beside it.
-LEDGER_FILES = re.compile(r"ledger\.(jsonl|csv)|contact_sheet-\d+\.png")
+LEDGER_FILES = r"ledger\.(jsonl|csv)|contact_sheet-\d+\.png"
+CACHE_FILES = (
+    r"(contract|manifest)\.json|(samples|skipped)\.jsonl|prompts\.safetensors|shard-\d+\.safetensors(\.jsonl)?"
+)
 # What a cache is made from: the option, and what lies there.
 SOURCES = {"data": "videos or captions", "prompts": "prompts"}
 LIMITS = tuple(limit.name for limit in dataclasses.fields(VideoLimits))
@@ -127,6 +131,8 @@ class PreprocessConfig:
             raise UserError("need exactly one of --data (a folder of videos and captions) and --prompts (a file)")
         if not 0 <= self.max_bad_fraction <= 1:
             raise UserError(f"--max-bad-fraction {self.max_bad_fraction}: must be in [0, 1]")
+        if not is_text(self.negative_prompt):
+            raise UserError(f"--negative-prompt {shortened(self.negative_prompt)}: not Unicode text, need UTF-8")
         if self.prompts:
             self._check_prompts()
         else:
@@ -200,55 +206,78 @@ def _difference(recorded: dict[str, Any], wanted: dict[str, Any]) -> str:
 
 
 def _adopt_folder(cfg: PreprocessConfig, contract: dict[str, Any]) -> bool:
-    """Make `output` ours; True when it already holds the finished cache. Raises when it holds something else."""
+    """Make `output` ours; True when it already holds the finished cache. Raises when it holds something else.
+
+    `overwrite` clears a finished cache and one that does not fit; an unfinished one of the same contract goes on.
+    """
     output = Path(cfg.output)
-    recorded = output / "contract.json"
-    if output.is_dir():
-        for temporary in output.glob(".*.tmp"):  # left by a run that was killed
-            temporary.unlink()
-    if cfg.overwrite and recorded.is_file():
-        _clear(output)
+    recorded, manifest = output / "contract.json", output / "manifest.json"
     if recorded.is_file():
-        try:
-            difference = _difference(json.loads(recorded.read_text(encoding="utf-8")), contract)
-        except ValueError as error:
-            raise UserError(f"{recorded} is damaged ({error}): --overwrite makes the cache again") from None
-        if difference:
-            raise UserError(
-                f"--output {output} was made under another contract: {difference}; use another folder, or --overwrite to "
-                "make it again"
-            )
-        return (output / "manifest.json").is_file()
-    if output.exists() and (
-        not output.is_dir() or any(not LEDGER_FILES.fullmatch(path.name) for path in output.iterdir())
-    ):
+        problem = _misfit(recorded, contract)
+        if problem and not cfg.overwrite:
+            raise UserError(problem)
+        _clear_temporaries(output, CACHE_FILES)
+        if not problem and not (cfg.overwrite and manifest.is_file()):
+            return manifest.is_file()
+        _clear(output)
+    elif output.exists() and not (output.is_dir() and all(map(_may_lie_there, output.iterdir()))):
         raise UserError(f"--output {output} exists and is not a cache of ours: use another folder")
     output.mkdir(parents=True, exist_ok=True)
+    _clear_temporaries(output, r"contract\.json")
     write_atomic(recorded, json.dumps(contract, indent=2, ensure_ascii=False) + "\n")
     return False
 
 
+def _misfit(recorded: Path, contract: dict[str, Any]) -> str:
+    """Why the cache of the recorded contract is none of this one, and what to do; empty when it is."""
+    try:
+        content = json.loads(recorded.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError(f"it holds no object, but {shortened(content)!r}")
+    except (ValueError, RecursionError) as error:
+        return f"{recorded} is damaged ({error}): --overwrite makes the cache again"
+    difference = _difference(content, contract)
+    where = f"--output {recorded.parent} was made under another contract"
+    return f"{where}: {difference}; use another folder, or --overwrite to make it again" if difference else ""
+
+
+def _may_lie_there(path: Path) -> bool:
+    """What a cache may be made beside: a ledger, and what a run leaves that was killed while it wrote that or the contract."""
+    names = rf"{LEDGER_FILES}|contract\.json"
+    return bool(re.fullmatch(LEDGER_FILES, path.name)) or is_temporary(path, names)
+
+
+def _clear_temporaries(output: Path, names: str) -> None:
+    """Remove what runs left that were killed while they wrote one of these files."""
+    for path in list(output.iterdir()):
+        if is_temporary(path, names):
+            path.unlink()
+
+
 def _clear(output: Path) -> None:
-    """Remove a cache's files: first what makes it a cache, last what makes it ours."""
+    """Remove a cache's files but what makes it ours, which fits no contract from then on: no run goes on with the rest."""
+    write_atomic(output / "contract.json", "{}\n")
     (output / "manifest.json").unlink(missing_ok=True)
     for pattern in ("shard-*.safetensors", "shard-*.safetensors.jsonl", "samples.jsonl", "skipped.jsonl"):
         for path in output.glob(pattern):
             path.unlink()
     (output / "prompts.safetensors").unlink(missing_ok=True)
-    (output / "contract.json").unlink()
 
 
 def _shard_name(number: int) -> str:
     return f"shard-{number:05d}.safetensors"
 
 
-def _is_whole(shard: Path) -> bool:
-    """Whether a shard was finished, and still is as it was written."""
+def _is_whole(shard: Path, records: Sequence[Record]) -> bool:
+    """Whether a shard of these records was finished, and still is as it was written: each has its lines, and the tensors are
+    those that the lines name."""
     try:
         lines = read_jsonl(shard.with_name(f"{shard.name}.jsonl"))
+        told = [line.get("sample_id", line.get("file")) for line in lines if "start" not in line]  # not a later span
+        named = {key for line in lines if "key" in line for key in (line["key"], text_key(line["caption"]))}
         with safe_open(shard, framework="pt") as stored:
-            return {line["key"] for line in lines if "key" in line} <= set(stored.keys())
-    except (OSError, ValueError, SafetensorError):
+            return told == [_shown(record.file) for record in records] and named == set(stored.keys())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError):
         return False
 
 
@@ -268,6 +297,9 @@ def _write_shard(
             tensors[text_key(caption)] = embeds.to(torch.bfloat16).cpu().contiguous()
     for line in lines:
         if "key" in line:
+            made = {"text encoder": text_key(line["caption"])} | ({} if cfg.prompts else {"VAE": line["key"]})
+            for encoder, key in made.items():
+                _check_finite(tensors[key], line["sample_id"], encoder, cfg)
             line["shape"] = list(tensors[line["key"]].shape)
             if text_encoder.cuts(line["caption"]):
                 line["caption_cut_at"] = text_encoder.text_len
@@ -275,6 +307,14 @@ def _write_shard(
     write_atomic(Path(cfg.output) / f"{name}.jsonl", _jsonl(lines))
     if cfg.prompts:
         report(len(records))
+
+
+def _check_finite(tensor: torch.Tensor, sample: str, encoder: str, cfg: PreprocessConfig) -> None:
+    if not tensor.isfinite().all():
+        raise UserError(
+            f"{sample}: the {encoder} of --model {cfg.model} gives NaN or Inf for it, which is not written: are the weights "
+            "damaged? Name another pipeline, or --device cpu"
+        )
 
 
 def _encode_videos(
@@ -342,7 +382,12 @@ def _sample_line(shard: str, record: Record, key: str, source_sha256: str, start
 
 
 def _skipped_line(file: str, reason: str) -> dict[str, Any]:
-    return {"file": file.encode("utf-8", "backslashreplace").decode(), "reason": reason}
+    return {"file": _shown(file), "reason": reason}
+
+
+def _shown(file: str) -> str:
+    """A name as lists have it, also one that is not UTF-8."""
+    return file.encode("utf-8", "backslashreplace").decode()
 
 
 def _jsonl(lines: list[dict[str, Any]]) -> str:
@@ -428,19 +473,24 @@ def _preprocess(cfg: PreprocessConfig) -> None:
         return
 
     num_shards = -(-len(records) // cfg.shard_records)
-    todo = [number for number in range(rank, num_shards, world) if not _is_whole(output / _shard_name(number))]
+    parts = {
+        number: records[number * cfg.shard_records : (number + 1) * cfg.shard_records]
+        for number in range(rank, num_shards, world)
+    }
+    todo = {number: part for number, part in parts.items() if not _is_whole(output / _shard_name(number), part)}
     need_prompts = rank == 0 and not (output / "prompts.safetensors").is_file()
     device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
     text_encoder = TextEncoder(cfg.model, device=device) if todo or need_prompts else None
     vae = VideoVAE(cfg.model, device=device) if todo and cfg.data else None
-    parts = {number: records[number * cfg.shard_records : (number + 1) * cfg.shard_records] for number in todo}
     progress = Progress(
-        "preprocess", sum(map(len, parts.values())), cfg.unit + (" of this rank" if world > 1 else ""), quiet=rank != 0
+        "preprocess", sum(map(len, todo.values())), cfg.unit + (" of this rank" if world > 1 else ""), quiet=rank != 0
     )
-    for number, part in parts.items():
+    for number, part in todo.items():
         _write_shard(_shard_name(number), part, cfg, text_encoder, vae, progress.add)
     if need_prompts:
         embeds = stack_text(text_encoder.encode(["", cfg.negative_prompt]))
+        for key, tensor in embeds.items():
+            _check_finite(tensor, f"the {key} prompt", "text encoder", cfg)
         write_atomic(output / "prompts.safetensors", shard_bytes("prompts.safetensors", embeds))
     if world > 1:
         dist.barrier()
@@ -497,7 +547,9 @@ def main() -> None:
     parser.add_argument("--caption-key", help=f"the captions' name in a .jsonl or .csv ({', '.join(CAPTION_KEYS)})")
     parser.add_argument("--negative-prompt", help="default: Wan's own")
     parser.add_argument("--max-bad-fraction", type=float, help="more unusable files or prompts are an error (0.1)")
-    parser.add_argument("--overwrite", action="store_true", help="replace a cache made under another contract")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace a finished cache, or one made under another contract"
+    )
     parser.add_argument("--device", help="default: cuda when there is one, else cpu")
     clips = parser.add_argument_group("only with --data")
     clips.add_argument("--width", type=int, help="pixels, a multiple of 16 (default 832)")

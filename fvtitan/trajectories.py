@@ -87,8 +87,6 @@ def prepare_trajectories(
                 f"{folder.path}: {total - len(missing)} of {total} trajectories are there and whole; {len(missing)} to make"
             )
             fill(cfg, teacher, prompts, folder, missing)
-    else:
-        on_rank_zero(folder.clean)
     stored = method.stored(cfg.schedule.shift)
     rows = [stored.index(rung) for rung in method.rungs(cfg.schedule.shift)]
     return TrajectoryCache(folder, total, prompts, rows)
@@ -118,6 +116,11 @@ def fill(
         states, x0 = make_trajectories(cfg, teacher, prompts, members, folder.contract["shape"])
         done = [row for row, index in enumerate(members) if own and writes and index in wanted]
         for row in done:
+            if not (states[row].isfinite().all() and x0[row].isfinite().all()):
+                raise UserError(
+                    f"{folder.path}: sample {members[row]} ({prompts.sample_id(members[row] % len(prompts))}): the teacher "
+                    f"{cfg.models['teacher'].init_from} gives NaN or Inf, which is not written: are its weights damaged?"
+                )
             folder.write_sample(members[row], states[row], x0[row])
         progress.add(len(done))
     dist.barrier()

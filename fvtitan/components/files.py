@@ -7,6 +7,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import socket
 import time
 from pathlib import Path
@@ -37,6 +38,11 @@ def write_atomic(path: str | Path, content: str | bytes) -> None:
     finally:
         temporary.unlink(missing_ok=True)
     fsync_path(path.parent)
+
+
+def is_temporary(path: Path, names: str) -> bool:
+    """Whether `path` is what a killed `write_atomic` leaves of a file whose name matches the regular expression `names`."""
+    return bool(re.fullmatch(rf"\.({names})\.\d+\.tmp", path.name)) and path.is_file()
 
 
 def file_sha256(path: str | Path) -> str:

@@ -135,10 +135,15 @@ def list_prompts(path: Path, keys: Keys = Keys()) -> list[Record]:  # noqa: B008
 
 
 def _walk(root: Path, exclude: Path | None) -> tuple[list[str], list[Record]]:
-    """Paths of the visible files under `root`, sorted, and the folders that are links, which are not followed."""
+    """Paths of the visible files under `root`, sorted, and the folders that are links, which are not followed. Raises
+    `UserError` for a folder that cannot be read."""
+
+    def fails(error: OSError) -> None:
+        raise UserError(f"--data {root}: {error.filename}: {error.strerror}")
+
     files: list[str] = []
     links: list[Record] = []
-    for folder, subfolders, names in os.walk(root):
+    for folder, subfolders, names in os.walk(root, onerror=fails):
         here = Path(folder)
         subfolders[:] = [name for name in subfolders if name[0] != "."]
         for name in [name for name in subfolders if (here / name).is_symlink()]:
@@ -194,7 +199,7 @@ def _csv_rows(path: Path, content: bytes, **needed: tuple[str, ...]) -> Iterator
             continue
         if not fields and not problem:
             continue
-        if not all(map(_is_text, fields)):
+        if not all(map(is_text, fields)):
             problem = "the row is not UTF-8"
         elif not problem and len(fields) != len(header):
             problem = f"{len(fields)} fields, the header has {len(header)}: a text with commas needs quotes"
@@ -206,7 +211,7 @@ def _csv_rows(path: Path, content: bytes, **needed: tuple[str, ...]) -> Iterator
 
 
 def _check_header(path: Path, header: list[str], problem: str, needed: dict[str, tuple[str, ...]]) -> None:
-    if problem or not all(map(_is_text, header)):
+    if problem or not all(map(is_text, header)):
         raise UserError(f"{path}: the header cannot be read: {problem or 'it is not UTF-8'}")
     where = f"{path}: the header {','.join(header)!r}"
     for what, names in needed.items():
@@ -291,7 +296,7 @@ def _from_pairs(root: Path, files: list[str]) -> Iterator[Record]:
 def _path_problem(root: Path, file: str) -> str:
     if "\0" in file or "://" in file:
         return "not a local file name"
-    if not _is_text(file):
+    if not is_text(file):
         return "the file name is not UTF-8"
     if Path(file).is_absolute():
         return "an absolute path: need one relative to the data folder"
@@ -313,12 +318,13 @@ def _leaves(root: Path, file: str) -> bool:
 
 
 def _caption_problem(caption: str) -> str:
-    if not _is_text(caption):
+    if not is_text(caption):
         return "the caption is not Unicode text (half a surrogate pair)"
     return "" if caption.strip() else "the caption is empty"
 
 
-def _is_text(string: str) -> bool:
+def is_text(string: str) -> bool:
+    """Whether UTF-8 can hold it: no half of a surrogate pair, as which bytes that are not UTF-8 are read."""
     return not any("\ud800" <= character <= "\udfff" for character in string)
 
 

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fvtitan.components.files import write_atomic
+from fvtitan.components.files import is_temporary, write_atomic
 from fvtitan.components.rng import fold
 from fvtitan.errors import UserError, cli, nearest_multiples
 
@@ -168,7 +168,7 @@ def render_dataset(
     """Render mp4 files and `metadata.jsonl` into `folder`. A finished set is kept, an unfinished one is completed.
 
     Combinations are taken in turn, in a shuffled order, so every attribute is balanced. Raises `UserError` when the
-    folder holds another set.
+    folder holds another set, or cannot be made.
     """
     from fvtitan.data.video import write_video
 
@@ -189,9 +189,15 @@ def render_dataset(
         )
     if finished.is_file() and record.is_file():
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    if not record.is_file() and any(folder.iterdir()):
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError, PermissionError) as error:
+        raise UserError(f"{folder} cannot be made ({error.strerror}): name another folder") from None
+    temporaries = [path for path in folder.iterdir() if is_temporary(path, r"render\.json")]  # of a run that was killed
+    if not record.is_file() and len(list(folder.iterdir())) > len(temporaries):
         raise UserError(f"{folder} is not empty and holds no rendering of ours: use another folder")
+    for temporary in temporaries:
+        temporary.unlink()
     write_atomic(record, json.dumps(contract) + "\n")
     combinations = training_combinations() if split == "train" else held_out_combinations()
     lines = []

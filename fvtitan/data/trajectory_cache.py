@@ -11,9 +11,8 @@ whoever makes it, in any order. Texts stay in the cache of prompts or videos tha
 
 from __future__ import annotations
 
+import contextlib
 import json
-import re
-import shutil
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from fvtitan.components.files import inside, write_atomic
+from fvtitan.components.files import inside, is_temporary, write_atomic
 from fvtitan.data.latent_cache import LatentCache, ShardFiles, shard_bytes
 from fvtitan.errors import UserError, shortened
 
@@ -44,7 +43,7 @@ class TrajectoryFolder:
         self.contract = json.loads(json.dumps(dict(contract)))
         recorded = _read_json(self.path / "contract.json")
         if recorded is None:
-            if self.path.exists() and (not self.path.is_dir() or any(map(_is_foreign, self.path.iterdir()))):
+            if self.path.exists() and (not self.path.is_dir() or not all(map(_is_ours, self.path.iterdir()))):
                 raise UserError(
                     f"method.teacher_path_cache = {str(path)!r} exists and is not a trajectory cache: use another"
                 )
@@ -136,21 +135,19 @@ class TrajectoryFolder:
         write_atomic(self.path / name, shard_bytes(name, tensors))
 
     def commit(self, num_samples: int) -> None:
-        """All shards are there: say so, and remove the samples' own files."""
+        """All shards are there: remove the own files of the samples in them, and say so."""
+        for index in range(num_samples):
+            self.sample_path(index).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # samples of a larger cache that was not finished stay for it
+            (self.path / "samples").rmdir()
         sizes = {name: (self.path / name).stat().st_size for name in self.shards(num_samples)}
         manifest = {"format_version": FORMAT_VERSION, "num_samples": num_samples, "shards": sizes}
         write_atomic(self.path / "manifest.json", json.dumps(manifest, indent=2) + "\n")
-        self.clean()
-
-    def clean(self) -> None:
-        """Of a complete cache, remove the samples' own files."""
-        if (self.path / "samples").is_dir():
-            shutil.rmtree(self.path / "samples")
 
 
-def _is_foreign(path: Path) -> bool:
-    """Not what a run leaves that was killed while it wrote the contract."""
-    return not re.fullmatch(r"\.contract\.json\.\d+\.tmp", path.name)
+def _is_ours(path: Path) -> bool:
+    """What a run leaves that was killed while it wrote the contract."""
+    return is_temporary(path, r"contract\.json")
 
 
 def num_complete(path: Path, num_samples: int) -> int:

@@ -31,6 +31,7 @@ from fvtitan.errors import UserError
 FORMATS = "mov,mp4,matroska,webm,avi,mpegts,mpeg,flv,ogg,asf,gif"
 # Decoded frames of these carry the time stamps of decoding; only these others can be sought in without losing them.
 UNTIMED, INDEXED = ("avi",), ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")
+MAX_READ_SECONDS = 1_000_000  # the system waits for milliseconds that fit 32 bits
 # Seconds. Matroska rounds time stamps to milliseconds, that of the first frame too.
 TIME_TOLERANCE = 1.1e-3
 
@@ -55,6 +56,8 @@ class VideoLimits:
         for name, value in dataclasses.asdict(self).items():
             if not value > 0:
                 raise UserError(f"{_flag(name)} {value}: must be > 0")
+        if self.max_read_seconds > MAX_READ_SECONDS:
+            raise UserError(f"--max-read-seconds {self.max_read_seconds:g}: must be <= {MAX_READ_SECONDS} (11 days)")
 
 
 def _damaged(count: int, limits: VideoLimits, error: Exception) -> VideoError:
@@ -423,7 +426,7 @@ class Isolated:
 
 def _rotation(frame) -> int:
     """Degrees counter-clockwise by which a decoded frame is turned to be shown: 0, 90, 180 or 270."""
-    return round(getattr(frame, "rotation", 0) / 90) % 4 * 90  # phones record portrait as rotated landscape
+    return round(frame.rotation / 90) % 4 * 90  # phones record portrait as rotated landscape
 
 
 def _to_rgb(frame) -> np.ndarray:

@@ -242,13 +242,16 @@ def only_job(folder: str | Path) -> Iterator[None]:
     """One job at a time makes `folder`; all its ranks enter together. Raises `UserError` when another job is at it, or when
     there can be no such folder."""
     path = Path(folder)
-    lock = path.with_name(f".{path.name}.lock")
+    whole = Path(os.path.abspath(path))  # "." has no name
+    lock = whole.parent / f".{whole.name}.lock"
 
     def take() -> int:
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor = lock_file(lock)[0]
+            lock.parent.mkdir(parents=True, exist_ok=True)
+            descriptor, unlocked = lock_file(lock)
             _HELD.add(descriptor)
+            if unlocked:
+                print(f"WARNING: {path} cannot be locked ({unlocked}): see that one job makes it", flush=True)
             return descriptor
         except BlockingIOError as error:
             raise UserError(

@@ -428,6 +428,14 @@ def test_two_exports_of_one_folder(runs, tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
+def test_the_current_folder_is_an_output_too(runs, tmp_path, monkeypatch, capsys):
+    (tmp_path / "out").mkdir()
+    monkeypatch.chdir(tmp_path / "out")
+    assert export("--checkpoint", runs.finetune, "--output", ".") == 2
+    assert f"--output {tmp_path}/out exists: remove it" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 def damaged_checkpoint(runs, folder: Path) -> Path:
     copy = shutil.copytree(runs.finetune, folder / "step-2")
     path = next(copy.glob("*.distcp"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import fcntl
 import json
 import os
@@ -226,6 +227,7 @@ def test_killed_before_and_between_the_first_files(videos, cache, tmp_path):
             pp.preprocess(config)
         else:  # killed in the middle of --overwrite's removal
             shutil.copytree(cache, output)
+            (output / "contract.json").write_text("{}\n")
             (output / "manifest.json").unlink()
             (output / "shard-00001.safetensors").unlink()
             pp.preprocess(dataclasses.replace(config, overwrite=True))
@@ -292,6 +294,106 @@ def test_finished_other_contract_and_overwrite(videos, cache, tmp_path, capsys):
     pp.preprocess(first)
     pp.preprocess(dataclasses.replace(first, num_frames=1, overwrite=True))
     assert LatentCache(tmp_path / "c")[0]["latents"].shape[0] == 1
+
+
+@pytest.mark.faults
+def test_overwrite_lets_an_unfinished_cache_go_on(tmp_path):
+    """Fault 43. The same command, given again after a kill, keeps the shards that are there; a finished cache it clears."""
+    source, output = tmp_path / "prompts.txt", tmp_path / "cache"
+    source.write_text("a prompt\n")
+    config = config_of(source, output, overwrite=True)
+    pp.preprocess(config)
+    shard, whole = output / "shard-00000.safetensors", content(output)
+    made = shard.stat().st_mtime_ns
+    (output / "manifest.json").unlink()
+    (output / ".manifest.json.7.tmp").write_text("{")
+    (output / ".mine.tmp").write_text("x")
+    pp.preprocess(config)
+    assert shard.stat().st_mtime_ns == made and content(output) == whole | {".mine.tmp": b"x"}
+    pp.preprocess(config)
+    assert shard.stat().st_mtime_ns > made and content(output) == whole | {".mine.tmp": b"x"}
+    for damaged in ("{}", "{", "[]"):  # the first as --overwrite leaves it when it is killed
+        (output / "contract.json").write_text(damaged)
+        with pytest.raises(UserError, match="--overwrite"):
+            pp.preprocess(dataclasses.replace(config, overwrite=False))
+        made = shard.stat().st_mtime_ns
+        pp.preprocess(config)
+        assert shard.stat().st_mtime_ns > made and content(output) == whole | {".mine.tmp": b"x"}
+
+
+@pytest.mark.faults
+def test_only_our_own_temporaries_are_removed(tmp_path):
+    """Fault 43. A folder that is not ours stays as it is; one in which a ledger or a first contract was being written is."""
+    source, output = tmp_path / "prompts.txt", tmp_path / "cache"
+    source.write_text("a prompt\n")
+    for name in (".important.tmp", ".d.tmp", ".shard-00000.safetensors.7.tmp"):
+        output.mkdir()
+        (output / name).mkdir() if name == ".d.tmp" else (output / name).write_text("x")
+        (output / ".contract.json.7.tmp").write_text("{")
+        with pytest.raises(UserError, match="is not a cache of ours"):
+            pp.preprocess(config_of(source, output, overwrite=True))
+        assert sorted(path.name for path in output.iterdir()) == sorted((name, ".contract.json.7.tmp"))
+        shutil.rmtree(output)
+    output.mkdir()
+    for name in (".ledger.csv.7.tmp", "ledger.jsonl", ".contract.json.7.tmp"):
+        (output / name).write_text("x")
+    pp.preprocess(config_of(source, output))
+    assert len(LatentCache(output)) == 1 and not (output / ".contract.json.7.tmp").exists()
+
+
+@pytest.mark.faults
+def test_a_shard_accounts_for_every_record(tmp_path):
+    """Fault 43. Its list was cut at the end of a line."""
+    data, output = tmp_path / "data", tmp_path / "cache"
+    data.mkdir()
+    for name, frames in (("a", 11), ("b", 3), ("c", 15)):
+        write_video(data / f"{name}.mp4", ms.render_clip(ms.all_combinations()[0], num_frames=frames), fps=16)
+        (data / f"{name}.txt").write_text(name)
+    records = pp.list_records(data)[0]
+    pp.preprocess(config_of(data, output, spans=3, max_bad_fraction=1))
+    shard = output / "shard-00000.safetensors"
+    listed = shard.with_name(f"{shard.name}.jsonl")
+    lines = listed.read_bytes().splitlines(keepends=True)
+    assert len(lines) == 2 + 1 + 3 and pp._is_whole(shard, records)
+    for count in range(len(lines)):
+        listed.write_bytes(b"".join(lines[:count]))
+        assert not pp._is_whole(shard, records), count
+    for damaged in (b"3\n", b'{"key": "a"}\n', b'{"key": [], "caption": 3}\n'):
+        listed.write_bytes(b"".join(lines) + damaged)
+        assert not pp._is_whole(shard, records), damaged
+    (output / "manifest.json").unlink()
+    whole, listed_before = content(output), b"".join(lines)
+    listed.write_bytes(b"")
+    pp.preprocess(config_of(data, output, spans=3, max_bad_fraction=1))
+    assert listed.read_bytes() == listed_before and (output / "manifest.json").is_file()
+    assert content(output)["samples.jsonl"] == whole["samples.jsonl"]
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("encoder", ["VideoVAE", "TextEncoder"])
+def test_nothing_that_is_not_finite_is_written(tmp_path, monkeypatch, encoder):
+    """Fault 29."""
+    from fvtitan.models import encoders
+
+    data, output = tmp_path / "data", tmp_path / "cache"
+    ms.render_dataset(data, 2, num_frames=5, height=32, width=32)
+    made_by, encode = getattr(encoders, encoder), getattr(encoders, encoder).encode
+
+    def overflows(self, given):
+        made = encode(self, given)
+        made[-1][0] = float("inf") if encoder == "VideoVAE" or len(given) == 2 else made[-1][0]
+        return made
+
+    monkeypatch.setattr(made_by, "encode", overflows)
+    named = {"VideoVAE": "VAE", "TextEncoder": "text encoder"}[encoder]
+    with pytest.raises(UserError, match=rf"00000[01]\.mp4: the {named} of --model tiny-wan gives NaN or Inf"):
+        pp.preprocess(config_of(data, output))
+    assert not list(output.glob("shard-*"))
+    if encoder == "TextEncoder":
+        (data / "metadata.jsonl").write_text((data / "metadata.jsonl").read_text().splitlines()[0] + "\n")
+        with pytest.raises(UserError, match="the negative prompt: the text encoder of --model tiny-wan gives NaN"):
+            pp.preprocess(config_of(data, tmp_path / "one"))
+        assert not (tmp_path / "one/prompts.safetensors").exists()
 
 
 def bad_folder(folder: Path) -> dict[str, str]:
@@ -538,6 +640,24 @@ def test_one_job_at_a_time_makes_a_cache(tmp_path):
     assert len(LatentCache(tmp_path / "c", prompts_only=True)) == 1 and not list(tmp_path.glob(".*"))
 
 
+def test_locks_of_the_current_folder_and_where_there_are_none(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for folder in (".", "sub/.."):
+        with only_job(folder), pytest.raises(UserError, match="is being made by pid"):
+            with only_job(tmp_path):
+                pass
+    assert capsys.readouterr().out == ""
+
+    def unsupported(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    with only_job("cache"):
+        pass
+    said = "WARNING: cache cannot be locked (No locks available): see that one job makes it\n"
+    assert capsys.readouterr().out == said and not list(tmp_path.iterdir())
+
+
 def test_a_lock_that_its_holder_removes_is_taken_anew(tmp_path, monkeypatch):
     """Between the opening of the file and its locking."""
     first, _ = lock_file(tmp_path / "lock")
@@ -580,6 +700,7 @@ def test_program_errors_are_one_line(videos, prompts, tmp_path, capsys):
         (videos, ["--num-frames", "6"], "--num-frames 6: must be 4n + 1; nearest: 5 or 9"),
         (videos, ["--width", "40"], "--width 40: must be a multiple of 16; nearest: 32 or 48"),
         (videos, ["--model", "nowhere"], "'nowhere' is neither"),
+        (videos, ["--negative-prompt", "half \udcff"], "--negative-prompt half \\udcff: not Unicode text, need UTF-8"),
         (prompts, ["--output", f"{prompts}/c"], "/c cannot be made ("),
         (prompts, useless, "--width, --max-frames: for --data only, a cache of --prompts has no clips: leave out"),
     ):

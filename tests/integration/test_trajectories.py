@@ -180,8 +180,8 @@ def test_the_size_of_a_sample(tmp_path):
 
 
 def worker(environment: dict[str, str], log: Path, kill: tuple[str, str, int] | None, arguments: list[str]) -> None:
-    """A rank of `fvtitan.trajectories` that kills itself before the n-th file operation of a kind ("" is any of fsync, replace
-    and rmtree) on a path with a word in it."""
+    """A rank of `fvtitan.trajectories` that kills itself before the n-th file operation of a kind ("" is fsync or replace) on
+    a path with a word in it."""
     os.environ.update(environment)
     with open(log, "w", buffering=1) as file:
         os.dup2(file.fileno(), 1)
@@ -189,10 +189,12 @@ def worker(environment: dict[str, str], log: Path, kill: tuple[str, str, int] | 
     seen = 0
 
     def watched(name, exact, where):
+        kinds = (name,) if name == "unlink" else ("", name)
+
         def operation(*given, **keys):
             nonlocal seen
             path = os.readlink(f"/proc/self/fd/{given[0]}") if name == "fsync" else str(given[where])
-            if kill and kill[0] in ("", name) and kill[1] in path:
+            if kill and kill[0] in kinds and kill[1] in path:
                 seen += 1
                 if seen == kill[2]:
                     os.kill(os.getpid(), signal.SIGKILL)
@@ -201,7 +203,7 @@ def worker(environment: dict[str, str], log: Path, kill: tuple[str, str, int] | 
         return operation
 
     os.fsync, os.replace = watched("fsync", os.fsync, 0), watched("replace", os.replace, 1)
-    shutil.rmtree = watched("rmtree", shutil.rmtree, 0)
+    os.unlink = watched("unlink", os.unlink, 0)
     sys.argv = ["trajectories.py", *arguments]
     cli(trajectories.main)
 
@@ -286,17 +288,35 @@ def test_killed_while_packing(runs, whole, tmp_path, kill):
 
 
 @pytest.mark.faults
-def test_killed_after_the_commit(runs, whole, tmp_path):
-    """Fault 43. The cache is complete; the samples' own files go."""
+def test_killed_while_packed_samples_are_removed(runs, whole, tmp_path):
+    """Fault 43. They are not made again, and the rest of their own files go."""
     arguments, path = runs(tmp_path), tmp_path / "recipe/trajectories"
-    assert launch(arguments, tmp_path / "logs", kill=("rmtree", "samples", 1)) == [-signal.SIGKILL]
-    with spied() as (written, built):
+    assert launch(arguments, tmp_path / "logs", kill=("unlink", "samples/0", 5)) == [-signal.SIGKILL]
+    assert len(list((path / "samples").iterdir())) == TOTAL - 4 and not (path / "manifest.json").exists()
+    with spied() as (written, _):
         make(arguments)
-    assert written == built == []
+    assert written == []
     assert content(path) == content(whole) and not (path / "samples").exists()
 
 
 # --------------------------------------------------------------------------------- damage, growth, and what is refused
+
+
+@pytest.mark.faults
+def test_a_sample_that_is_not_finite_is_not_written(runs, start, tmp_path, monkeypatch):
+    """Fault 29."""
+
+    def overflows(cfg, teacher, prompts, indices, shape):
+        states = torch.zeros(len(indices), 2, *shape)
+        states[2, 0, 0] = float("nan")
+        return states, torch.zeros(len(indices), *shape)
+
+    monkeypatch.setattr(trajectories, "make_trajectories", overflows)
+    with pytest.raises(
+        UserError, match=rf": sample 2 \(.*\): the teacher {start} gives NaN or Inf, which is not written"
+    ):
+        make(runs(tmp_path, num_trajectories=8))
+    assert sorted(content(tmp_path / "recipe/trajectories/samples")) == ["000000.safetensors", "000001.safetensors"]
 
 
 class Interrupted(Exception):
@@ -316,6 +336,21 @@ def interrupted(arguments: list[str], after: int) -> Path:
         patch.setattr(TrajectoryFolder, "write_sample", stops)
         make(arguments)
     return Path(load_config(arguments).method.teacher_path_cache)
+
+
+@pytest.mark.faults
+def test_samples_of_a_larger_cache_stay(runs, whole, tmp_path):
+    """Fault 43. Another job makes more of them, or was killed while it did."""
+    path = Path(shutil.copytree(whole, tmp_path / "recipe/trajectories"))
+    more, packed = path / f"samples/{TOTAL:06d}.safetensors", path / "samples/000003.safetensors"
+    more.parent.mkdir()
+    for file in (more, packed):
+        file.write_text("a trajectory")
+    assert len(prepare(runs(tmp_path, {"teacher": None}))) == TOTAL
+    assert more.exists()
+    TrajectoryFolder(path, json.loads((path / "contract.json").read_text())).commit(TOTAL)
+    assert more.exists() and not packed.exists()
+    assert content(path).items() >= content(whole).items()
 
 
 @pytest.mark.faults

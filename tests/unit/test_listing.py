@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,21 @@ def test_a_list_by_itself(folder, suffix):
     assert listed(folder) == {"a.mp4": "x", "deep/c.mp4": "y"} | dict.fromkeys(
         ["b.mp4", "left.mp4"], f"not in metadata.{suffix}"
     )
+
+
+@pytest.mark.faults
+def test_a_folder_that_cannot_be_read_is_named(folder, monkeypatch):
+    """Fault 30."""
+    scandir = os.scandir
+
+    def denied(path):
+        if os.fspath(path).endswith("deep"):
+            raise PermissionError(13, "Permission denied", os.fspath(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", denied)
+    with pytest.raises(UserError, match=f"--data {folder}: {folder}/deep: Permission denied"):
+        list_records(folder)
 
 
 def test_names_of_fields(folder):

@@ -181,6 +181,17 @@ def test_a_half_rendered_set_is_finished_and_a_foreign_one_refused(tmp_path):
     (tmp_path / "mine/thesis.txt").write_text("x")
     with pytest.raises(UserError, match="is not empty"):
         ms.render_dataset(tmp_path / "mine", 7)
+    for path in (tmp_path / "mine/thesis.txt", tmp_path / "mine/thesis.txt/below"):
+        with pytest.raises(UserError, match=rf"{path} cannot be made \((File exists|Not a directory)\): name another"):
+            ms.render_dataset(path, 7)
+
+
+@pytest.mark.faults
+def test_a_rendering_that_was_killed_at_its_first_file_goes_on(tmp_path):
+    """Fault 43."""
+    (tmp_path / ".render.json.7.tmp").write_text("{")
+    ms.render_dataset(tmp_path, 1, num_frames=5, height=32, width=32)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["000000.mp4", "metadata.jsonl", "render.json"]
 
 
 def test_programs(tmp_path, capsys):

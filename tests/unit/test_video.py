@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from fvtitan.data.video import (
+    MAX_READ_SECONDS,
     Isolated,
     VideoError,
     VideoLimits,
@@ -384,6 +385,11 @@ def test_limits(tmp_path, limits, reason):
             read(tmp_path / "a.mp4", num_frames=9, fps=16, **SIZE)
     with pytest.raises(UserError, match=r"--max-pixels 0: must be > 0"):
         VideoLimits(max_pixels=0).check()
+    for seconds in (1e7, float("inf")):
+        with pytest.raises(UserError, match=r"--max-read-seconds (1e\+07|inf): must be <= 1000000"):
+            VideoLimits(max_read_seconds=seconds).check()
+    with Isolated(probe_video, VideoLimits(max_read_seconds=MAX_READ_SECONDS)) as probe:
+        probe(tmp_path / "a.mp4")
 
 
 @pytest.mark.faults
