@@ -45,7 +45,7 @@ from fvtitan.config import RoleConfig, read_toml
 from fvtitan.contract import SamplerContract, contract_of, read_contract
 from fvtitan.data.listing import CAPTION_KEYS
 from fvtitan.data.video import VideoWriter
-from fvtitan.distributed.utils import close_distributed, on_rank_zero, rank_and_world
+from fvtitan.distributed.utils import close_distributed, on_rank_zero, only_job, rank_and_world
 from fvtitan.errors import UserError, cli, did_you_mean, nearest_multiples
 from fvtitan.flow_matching import NUM_TIMESTEPS, ScheduleConfig, euler_ladder, few_step_ladder
 from fvtitan.models import MODELS
@@ -58,6 +58,7 @@ from fvtitan.samplers import SamplerSpec, describe
 REPORT = "generate.json"
 SHEET = "contact_sheet.png"
 SHEET_ROWS = 64
+LOCK = ".lock"
 EULER_STEPS, GUIDANCE_SCALE = 50, 5.0  # Wan 2.1's own, for pipelines that say nothing
 WAN_SIZE = {"num_frames": 81, "height": 480, "width": 832, "fps": 16}
 TINY_SIZE = {"num_frames": 33, "height": 64, "width": 64, "fps": 16}
@@ -332,7 +333,7 @@ def check_output(output: Path, overwrite: bool) -> None:
     existing = next(path for path in (output, *output.absolute().parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise UserError(f"--output {output}: {existing} is {'not writable' if existing.is_dir() else 'not a folder'}")
-    if existing == output and any(output.iterdir()) and not overwrite:
+    if existing == output and any(path.name != LOCK for path in output.iterdir()) and not overwrite:
         raise UserError(
             f"--output {output}: the folder is not empty; take another, or --overwrite what generate made there"
         )
@@ -432,8 +433,8 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
     }
 
     def begin() -> None:
+        check_output(output, args.overwrite)  # another job may have made its videos there in the meantime
         try:
-            output.mkdir(parents=True, exist_ok=True)
             clear_output(output)
             write_atomic(output / REPORT, json.dumps(report, indent=1, ensure_ascii=False) + "\n")
         except OSError as error:
@@ -444,41 +445,44 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
         for note in notes(contract, wanted):
             print(note, flush=True)
 
-    on_rank_zero(begin)
+    with only_job(output, output / LOCK, "name another --output"):
+        on_rank_zero(begin)
 
-    # ---------------------------------------------------------------------------------------------------- sampling
-    shape = ((wanted.num_frames - 1) // 4 + 1, model.latent_channels, wanted.height // 8, wanted.width // 8)
-    times = shown_times(wanted.num_frames).tolist()
-    made: dict[int, tuple[float, list[Any]]] = {}
-    mine = range(rank, len(videos), world)
-    for count, number in enumerate(mine, 1):
-        video, start = videos[number], time.perf_counter()
-        frames = generate(model, wanted.spec, vae, embeds[number], seed=video.seed, shape=shape)
-        first, shown = make_video(frames, output / video.file, wanted.fps, times, live=args.stream)
-        seconds = time.perf_counter() - start
-        made[number] = (seconds, shown if number < SHEET_ROWS else [])
-        latency = f", the first block after {first:.2f} s" if wanted.streaming else ""
-        where = f"rank {rank}: " if world > 1 else ""
-        print(
-            f"{where}{count}/{len(mine)} {output / video.file}: seed {video.seed}, {seconds:.2f} s, "
-            f"{wanted.num_frames / seconds:.1f} frames/s{latency}",
-            flush=True,
-        )
+        # ---------------------------------------------------------------------------------------------------- sampling
+        shape = ((wanted.num_frames - 1) // 4 + 1, model.latent_channels, wanted.height // 8, wanted.width // 8)
+        times = shown_times(wanted.num_frames).tolist()
+        made: dict[int, tuple[float, list[Any]]] = {}
+        mine = range(rank, len(videos), world)
+        for count, number in enumerate(mine, 1):
+            video, start = videos[number], time.perf_counter()
+            frames = generate(model, wanted.spec, vae, embeds[number], seed=video.seed, shape=shape)
+            first, shown = make_video(frames, output / video.file, wanted.fps, times, live=args.stream)
+            seconds = time.perf_counter() - start
+            made[number] = (seconds, shown if number < SHEET_ROWS else [])
+            latency = f", the first block after {first:.2f} s" if wanted.streaming else ""
+            where = f"rank {rank}: " if world > 1 else ""
+            print(
+                f"{where}{count}/{len(mine)} {output / video.file}: seed {video.seed}, {seconds:.2f} s, "
+                f"{wanted.num_frames / seconds:.1f} frames/s{latency}",
+                flush=True,
+            )
 
-    # ----------------------------------------------------------------------------------------- when all are there
-    parts: list[Any] = [made] * world
-    if world > 1:
-        dist.all_gather_object(parts, made)
-    if rank != 0:
-        return
-    everything = {number: item for part in parts for number, item in part.items()}
-    rows = [(f"{video.prompt} (seed {video.seed})", everything[i][1]) for i, video in enumerate(videos[:SHEET_ROWS])]
-    contact_sheet(rows, output / SHEET, times=times)
-    for number, video in enumerate(report["videos"]):
-        video["seconds"] = round(everything[number][0], 3)
-    write_atomic(output / REPORT, json.dumps(report | {"complete": True}, indent=1, ensure_ascii=False) + "\n")
-    note = "" if len(videos) <= SHEET_ROWS else f", the first {SHEET_ROWS} of them"
-    print(f"{len(videos)} videos, {output / REPORT}; look at {output / SHEET}{note}", flush=True)
+        # ----------------------------------------------------------------------------------------- when all are there
+        parts: list[Any] = [made] * world
+        if world > 1:
+            dist.all_gather_object(parts, made)
+        if rank != 0:
+            return
+        everything = {number: item for part in parts for number, item in part.items()}
+        rows = [
+            (f"{video.prompt} (seed {video.seed})", everything[i][1]) for i, video in enumerate(videos[:SHEET_ROWS])
+        ]
+        contact_sheet(rows, output / SHEET, times=times)
+        for number, video in enumerate(report["videos"]):
+            video["seconds"] = round(everything[number][0], 3)
+        write_atomic(output / REPORT, json.dumps(report | {"complete": True}, indent=1, ensure_ascii=False) + "\n")
+        note = "" if len(videos) <= SHEET_ROWS else f", the first {SHEET_ROWS} of them"
+        print(f"{len(videos)} videos, {output / REPORT}; look at {output / SHEET}{note}", flush=True)
 
 
 def find_device(name: str) -> torch.device:

@@ -238,12 +238,14 @@ os.register_at_fork(after_in_child=lambda: [os.close(_HELD.pop()) for _ in range
 
 
 @contextlib.contextmanager
-def only_job(folder: str | Path) -> Iterator[None]:
-    """One job at a time makes `folder`; all its ranks enter together. Raises `UserError` when another job is at it, or when
-    there can be no such folder."""
+def only_job(
+    folder: str | Path, lock: Path | None = None, then: str = "when that is done, the same command uses it"
+) -> Iterator[None]:
+    """One job at a time makes `folder`; all its ranks enter together. `lock`: the file that says so, beside the folder unless
+    given. Raises `UserError` when another job is at it, with `then` for advice, or when there can be no such folder."""
     path = Path(folder)
     whole = Path(os.path.abspath(path))  # "." has no name
-    lock = whole.parent / f".{whole.name}.lock"
+    lock = lock or whole.parent / f".{whole.name}.lock"
 
     def take() -> int:
         try:
@@ -254,9 +256,7 @@ def only_job(folder: str | Path) -> Iterator[None]:
                 print(f"WARNING: {path} cannot be locked ({unlocked}): see that one job makes it", flush=True)
             return descriptor
         except BlockingIOError as error:
-            raise UserError(
-                f"{path} is being made by {error.strerror}: when that is done, the same command uses it"
-            ) from None
+            raise UserError(f"{path} is being made by {error.strerror}: {then}") from None
         except OSError as error:
             if is_disk_full(error):
                 raise

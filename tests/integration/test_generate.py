@@ -21,6 +21,7 @@ from fvtitan.components.validation import to_uint8
 from fvtitan.config import read_toml
 from fvtitan.contract import contract_of
 from fvtitan.data.video import VideoWriter, read_all_frames
+from fvtitan.distributed.utils import only_job
 from fvtitan.errors import UserError, cli
 from fvtitan.flow_matching import few_step_ladder
 from fvtitan.generate import generate, load_model, read_prompt_file
@@ -290,7 +291,7 @@ def test_a_kill_leaves_whole_videos_and_overwrite_begins_again(stream, checkpoin
     assert forked(1, arguments, tmp_path, monkeypatch, before) == [-signal.SIGKILL], output(tmp_path)
     assert list(videos(out)) == (["0000-a.mp4", "0001-b.part.mp4"] if stream else ["0000-a.mp4"])
     assert len(read_all_frames(out / "0000-a.mp4")) == (33 if stream else 9)
-    assert not report(out)["complete"] and len(list(out.iterdir())) == 3
+    assert not report(out)["complete"] and len(list(out.iterdir())) == 4  # the video, one that was begun, report, lock
 
     first = videos(out)["0000-a.mp4"]
     (out / "mine.mp4").write_bytes(b"not generated")
@@ -402,6 +403,19 @@ def test_a_folder_that_cannot_be_one(tmp_path, monkeypatch, capsys):
     assert f"{tmp_path / 'file'} is not a folder" in capsys.readouterr().err
     assert run([*arguments, tmp_path], monkeypatch) == 2
     assert "the folder is not empty; take another, or --overwrite" in capsys.readouterr().err
+
+
+def test_a_folder_that_another_job_fills(tmp_path, monkeypatch, capsys):
+    """Also when it is empty yet; and what the other has made by the time that this one has loaded its model is not replaced."""
+    out = tmp_path / "out"
+    arguments = ["--model", TINY_WAN, *SMALL, "--prompts", "a", "--output", out]
+    with only_job(out, out / ".lock"):
+        assert run(arguments, monkeypatch) == 2
+    assert f"{out} is being made by pid" in (error := capsys.readouterr().err) and "name another --output" in error
+    load = program.load_model
+    monkeypatch.setattr(program, "load_model", lambda *a, **k: (out / "mine.mp4").touch() or load(*a, **k))
+    assert run(arguments, monkeypatch) == 2
+    assert "the folder is not empty" in capsys.readouterr().err and {p.name for p in out.iterdir()} == {"mine.mp4"}
 
 
 def test_parts_of_other_models_are_refused(export, tmp_path, monkeypatch, capsys):
