@@ -309,20 +309,32 @@ def _temporary_folder(output: Path) -> Iterator[Path]:
     folder = output.parent / f".{output.name}.export.tmp"
     folder.mkdir(exist_ok=True)
     descriptor = os.open(folder, os.O_RDONLY)
+
+    def is_ours() -> bool:
+        try:
+            return os.path.samestat(os.fstat(descriptor), folder.stat())
+        except FileNotFoundError:
+            return False
+
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            ours = os.path.samestat(os.fstat(descriptor), folder.stat())
-        except OSError:
-            ours = False
-        if not ours:
+        except BlockingIOError:
+            raise UserError(f"--output {output}: another export is writing it") from None
+        except OSError as error:
+            print(
+                f"WARNING: {folder} cannot be locked ({error.strerror}): see that one export writes {output}",
+                flush=True,
+            )
+        if not is_ours():
             raise UserError(f"--output {output}: another export is writing it")
         for path in folder.iterdir():
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         try:
             yield folder
         finally:
-            shutil.rmtree(folder, ignore_errors=True)
+            if is_ours():  # renamed, it is not; the name may be the next export's by now
+                shutil.rmtree(folder, ignore_errors=True)
     finally:
         os.close(descriptor)
 

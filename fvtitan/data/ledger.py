@@ -310,7 +310,10 @@ def write_sheets(output: Path, root: Path, rows: Sequence[Row], cfg: PreprocessC
 
 def _thumbnails(root: Path, rows: Sequence[Row], read: Isolated) -> Iterator[Thumbnail]:
     for row in rows:
-        picture: Tensor = read(root / row.file)
+        try:
+            picture: Tensor = read(root / row.file)
+        except VideoError as error:
+            raise UserError(f"--contact-sheet: {root / row.file}: {error}") from None
         kept = None
         if row.bucket:
             width, height, _ = map(int, row.bucket.split("x"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import multiprocessing
@@ -426,6 +427,11 @@ def test_two_exports_of_one_folder(runs, tmp_path, capsys):
         assert export("--checkpoint", runs.finetune, "--output", tmp_path / "out") == 2
     assert "another export is writing it" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+    first = contextlib.ExitStack()
+    first.enter_context(program._temporary_folder(tmp_path / "out")).rename(tmp_path / "out")
+    with program._temporary_folder(tmp_path / "out") as folder:  # the next one, before the first has ended
+        first.close()
+        assert folder.is_dir()
 
 
 def test_the_current_folder_is_an_output_too(runs, tmp_path, monkeypatch, capsys):
