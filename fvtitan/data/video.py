@@ -187,8 +187,10 @@ def _open(path: Path, limits: VideoLimits):
         raise VideoError("the file is empty (0 bytes)")
     if size > limits.max_bytes:
         raise _over("max_bytes", limits, f"the file has {size} bytes")
+    # For the container only: before PyAV 18, options for streams too crash where a stream is found later on, as in .mpg.
+    options = {"protocol_whitelist": "file", "format_whitelist": FORMATS}
     try:
-        container = av.open(str(path.resolve()), options={"protocol_whitelist": "file", "format_whitelist": FORMATS})
+        container = av.open(str(path.resolve()), container_options=options)
     except (av.FFmpegError, OSError) as error:
         raise VideoError(f"damaged or not a video: {error}") from None
     if not container.streams.video:
