@@ -143,7 +143,7 @@ class VideoVAE:
 
         logging.set_verbosity(logging.CRITICAL)
         folder = _component(pipeline, "vae") / "vae"
-        # Without the low-memory mode diffusers needs no accelerate; the VAE is small.
+        # Not in the low-memory mode: the VAE is small.
         vae = _load("VAE", AutoencoderKLWan, folder, torch_dtype=dtype, low_cpu_mem_usage=False)
         self.vae = vae.to(device).eval().requires_grad_(False)
         self.device, self.dtype = torch.device(device), dtype

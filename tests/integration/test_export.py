@@ -18,6 +18,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import tomli
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
@@ -420,6 +421,22 @@ def test_what_diffusers_reads_is_compared(runs, tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match="diffusers does not load what was exported: head.head.bias"):
         export("--checkpoint", runs.finetune, "--output", tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+def test_exports_need_nothing_that_only_tests_install(runs, tmp_path):
+    """As after `pip install -e .`: the packages of the test extra are hidden."""
+    extra = tomli.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["test"]
+    hidden = dict.fromkeys(re.match(r"[\w-]+", requirement)[0].replace("-", "_") for requirement in extra)
+    assert "peft" in hidden
+    commands = [
+        ["--checkpoint", str(runs.finetune), "--ema", "--output", str(tmp_path / "whole")],
+        ["--checkpoint", str(runs.lora), "--format", "lora", "--output", str(tmp_path / "lora")],
+    ]
+    code = f"import sys\nsys.modules.update({hidden})\nfrom fvtitan import export\n"
+    code += f"for arguments in {commands}:\n    sys.argv[1:] = arguments\n    export.main()\n"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert {path.name for path in tmp_path.iterdir()} == {"whole", "lora"}
 
 
 def test_two_exports_of_one_folder(runs, tmp_path, capsys):
