@@ -26,7 +26,7 @@ from fvtitan.components.resume import check_changes
 from fvtitan.components.rng import seed_global_generators
 from fvtitan.components.stateful import TrainState
 from fvtitan.components.stops import Stops
-from fvtitan.components.validation import Validator, is_validated
+from fvtitan.components.validation import Validator, forget_validations, is_validated
 from fvtitan.components.watchdog import Watchdog
 from fvtitan.config import load_config
 from fvtitan.data.dataloader import BatchStream
@@ -137,6 +137,7 @@ def main() -> int:
         # ------------------------------------------------------------------------------- metrics, validation
         if rank == 0:
             write_atomic(dump_folder / "config.toml", cfg.to_toml())
+            forget_validations(dump_folder, after=step)
         metrics = MetricLogger(
             dump_folder,
             rank=rank,

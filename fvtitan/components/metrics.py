@@ -238,7 +238,7 @@ class MetricLogger:
             self._file.truncate(start)
         elif self._last and step < self._last[0]["step"]:
             raise ValueError(f"step {step} is logged after step {self._last[0]['step']}")
-        record = record | {name: _jsonable(value) for name, value in numbers.items()}
+        record = record | {name: jsonable(value) for name, value in numbers.items()}
         self._file.write(json.dumps(record, allow_nan=False).encode() + b"\n")
         self._file.flush()
         self._last = (record, start)
@@ -336,7 +336,8 @@ def _numbers(values: Mapping[str, float | Tensor]) -> dict[str, float]:
     return {name: read[name] if name in read else float(value) for name, value in values.items()}
 
 
-def _jsonable(value: float) -> float | str:
+def jsonable(value: float) -> float | str:
+    """JSON has no number for NaN and infinities: their names."""
     return value if math.isfinite(value) else str(float(value))
 
 

@@ -20,7 +20,7 @@ from fvtitan import samplers
 from fvtitan.components import faults
 from fvtitan.components.ema import EMA
 from fvtitan.components.files import write_atomic
-from fvtitan.components.metrics import MetricLogger
+from fvtitan.components.metrics import MetricLogger, jsonable
 from fvtitan.components.rng import generator
 from fvtitan.components.visualise import contact_sheet, video_name
 from fvtitan.data.latent_cache import LatentCache
@@ -97,6 +97,13 @@ def is_validated(dump_folder: Path, step: int) -> bool:
     return (dump_folder / "validation" / VALUES.format(step)).is_file()
 
 
+def forget_validations(dump_folder: Path, after: int) -> None:
+    """Those of later steps, which are trained again, count no more; their videos stay until they are made anew."""
+    for path in (dump_folder / "validation").glob(VALUES.format("*")):
+        if int(path.parent.name.removeprefix("step-")) > after:
+            path.unlink()
+
+
 class Validator:
     """Samples, writes, judges. Every rank takes part: forwards of a sharded model are collective."""
 
@@ -171,7 +178,8 @@ class Validator:
                     (f"{s.prompt}: {name}", s.frames) for row in rows for name, s in zip(columns, row, strict=True)
                 ]
                 contact_sheet(labelled, folder / "side_by_side.png")
-            write_atomic(self.folder / VALUES.format(step), json.dumps(values, indent=1))  # last: see is_validated
+            content = {name: jsonable(value) for name, value in values.items()}
+            write_atomic(self.folder / VALUES.format(step), json.dumps(content, indent=1))  # last: see is_validated
             print(f"validation videos: {folder}", flush=True)
 
     @torch.no_grad()

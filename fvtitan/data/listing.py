@@ -135,15 +135,18 @@ def list_prompts(path: Path, keys: Keys = Keys()) -> list[Record]:  # noqa: B008
 
 
 def _walk(root: Path, exclude: Path | None) -> tuple[list[str], list[Record]]:
-    """Paths of the visible files under `root`, sorted, and the folders that are links, which are not followed. Raises
-    `UserError` for a folder that cannot be read."""
-
-    def fails(error: OSError) -> None:
-        raise UserError(f"--data {root}: {error.filename}: {error.strerror}")
-
+    """Paths of the visible files under `root`, sorted, and the folders that are not looked into: links, and what cannot be
+    read. Raises `UserError` for one that cannot be read when no list in `root` says what counts."""
     files: list[str] = []
     links: list[Record] = []
-    for folder, subfolders, names in os.walk(root, onerror=fails):
+
+    def unreadable(error: OSError) -> None:
+        if Path(error.filename) == root or not any(name in files for name in LISTS):
+            raise UserError(f"--data {root}: {error.filename}: {error.strerror}")
+        folder = Path(error.filename).relative_to(root).as_posix()
+        links.append(Record(folder, problem=f"a folder that cannot be read: {error.strerror}"))
+
+    for folder, subfolders, names in os.walk(root, onerror=unreadable):
         here = Path(folder)
         subfolders[:] = [name for name in subfolders if name[0] != "."]
         for name in [name for name in subfolders if (here / name).is_symlink()]:

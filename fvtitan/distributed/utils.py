@@ -50,6 +50,10 @@ class CommConfig:
         return datetime.timedelta(seconds=self.timeout_seconds)
 
 
+_GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"
+_SET_HERE: set[str] = set()  # variables, until the process group ends
+
+
 def init_distributed(cfg: CommConfig, dump_folder: Path | None = None) -> torch.device:
     """Start the process group (NCCL with a GPU, gloo always) under torchrun, or alone; returns this process's device. NCCL
     writes what it recorded into `dump_folder` when one of its collectives times out."""
@@ -63,8 +67,10 @@ def init_distributed(cfg: CommConfig, dump_folder: Path | None = None) -> torch.
     if "RANK" in os.environ:
         dist.init_process_group(backend, timeout=cfg.timeout)
     else:
-        if loopback := {"lo", "lo0"} & {name for _, name in socket.if_nameindex()}:
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback.pop())  # alone: no port that others can reach
+        loopback = {"lo", "lo0"} & {name for _, name in socket.if_nameindex()}
+        if loopback and _GLOO_INTERFACE not in os.environ:
+            os.environ[_GLOO_INTERFACE] = loopback.pop()  # alone: no port that others can reach
+            _SET_HERE.add(_GLOO_INTERFACE)
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=cfg.timeout)
     return device
 
@@ -83,6 +89,8 @@ def _record_collectives(dump_folder: Path | None) -> None:
 def close_distributed() -> None:
     """End the process group, so that the process can exit."""
     dist.destroy_process_group()
+    while _SET_HERE:
+        del os.environ[_SET_HERE.pop()]
     # gloo's threads outlive it, and need the GIL to let go of the last collective's tensors. A thread that asks for it when
     # the interpreter is already shutting down aborts the process ("terminate called without an active exception").
     time.sleep(0.1)

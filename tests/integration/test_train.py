@@ -17,7 +17,7 @@ import torch
 from fvtitan.components.metrics import read_metrics
 from fvtitan.components.rng import fold
 from fvtitan.components.stops import read_status
-from fvtitan.components.validation import Validator
+from fvtitan.components.validation import Validator, forget_validations, is_validated
 from fvtitan.config import load_config
 from fvtitan.data.dataloader import GlobalBatchSampler
 from fvtitan.data.latent_cache import LatentCache
@@ -282,6 +282,9 @@ def test_a_validation_that_failed_after_the_last_step_is_made_up_for(cache, tmp_
     before = [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")]
     assert train(arguments) == 0 and "this job is finished" in capsys.readouterr().out
     assert before == [1, 2] == [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")]
+    assert is_validated(tmp_path, 2)
+    forget_validations(tmp_path, after=1)
+    assert not is_validated(tmp_path, 2)
 
 
 @pytest.mark.faults

@@ -534,18 +534,23 @@ def test_no_secret_in_what_a_run_writes_and_prints(tmp_path, monkeypatch, capfd)
 
 
 def test_a_run_alone_opens_no_port_to_others(monkeypatch):
-    """Its gloo listens on the loopback interface, whatever address the host's name has."""
+    """Its gloo listens on the loopback interface, whatever address the host's name has; the variable goes with it."""
     monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
     monkeypatch.delenv("RANK", raising=False)
-    init_distributed(CommConfig())
-    try:
+
+    def listening() -> set[str]:
         names = [os.readlink(path) for path in Path("/proc/self/fd").iterdir() if path.is_symlink()]
-        own = {int(name[8:-1]) for name in names if name.startswith("socket:[")}
+        own = {name[8:-1] for name in names if name.startswith("socket:[")}
         lines = [line for name in ("tcp", "tcp6") for line in Path("/proc/self/net", name).read_text().splitlines()[1:]]
-        listening = [row for row in map(str.split, lines) if row[3] == "0A" and int(row[9]) in own]
-    finally:
-        close_distributed()
-    assert {row[1].split(":")[0] for row in listening} == {"0100007F"} and os.environ["GLOO_SOCKET_IFNAME"] == "lo"
+        return {row[1] for row in map(str.split, lines) if row[3] == "0A" and row[9] in own}
+
+    before = listening()
+    init_distributed(CommConfig())
+    interface = os.environ["GLOO_SOCKET_IFNAME"]
+    opened = listening() - before
+    close_distributed()
+    assert {address.split(":")[0] for address in opened} == {"0100007F"} and interface == "lo"
+    assert "GLOO_SOCKET_IFNAME" not in os.environ
 
 
 def test_no_secret_in_a_stack_trace(monkeypatch):
