@@ -209,9 +209,9 @@ def watch(
             )
 
         def loading(self: Checkpointer, source, states, **options):
-            path = load(self, source, states, **options)
-            keep(f"loaded.{path.name}", {"differing": differences(states, path)})
-            return path
+            lacking = load(self, source, states, **options)
+            keep(f"loaded.{Path(source).name}", {"differing": differences(states, Path(source))})
+            return lacking
 
         def validating(self: Validator, step: int, ema, **options) -> None:
             before = digest(self.method.checkpoint_state() | {"ema": ema})
