@@ -29,6 +29,8 @@ from fvtitan.errors import exit_status
 
 _POLL_SECONDS = 1.0
 _GATHER_SECONDS = 4.0  # for the reports of the others
+_CAUSE_SECONDS = 3.0  # for a rank that has closed a connection to say why
+_LOST_CONNECTION = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
 _LAST_RESORT_SECONDS = 10.0  # until a rank ends whose Python threads do not run, or whose disk does not answer
 _UNWIND_SECONDS = 20.0  # for a rank to end by itself after another has failed
 _RECORDED = 100  # collectives of a group that a report holds
@@ -83,7 +85,7 @@ class Watchdog:
         yield
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        if error is not None and "Timed out waiting" in str(error):
+        if error is not None and ("Timed out waiting" in str(error) or self._follows_a_hang(error)):
             self._leave(error)
         if self._leaving.locked():
             self._thread.join()  # which ends the process
@@ -98,6 +100,16 @@ class Watchdog:
         path = self.folder / f"stacks.rank{self.rank}.txt"
         if path.exists() and path.stat().st_size == 0:
             path.unlink()
+
+    def _follows_a_hang(self, error: BaseException) -> bool:
+        """Whether a connection was lost to a rank whose collective had timed out: it tells, maybe a little later."""
+        end = time.monotonic() + _CAUSE_SECONDS * any(words in str(error) for words in _LOST_CONNECTION)
+        with contextlib.suppress(RuntimeError):
+            while time.monotonic() < end and not self._store.check(["failure"]):
+                if self._store.check(["hang"]):
+                    return True
+                time.sleep(0.05)
+        return False
 
     def _tell_failure(self, what: str, status: int) -> None:
         """Be the first to fail, or learn who was."""

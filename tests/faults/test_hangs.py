@@ -189,6 +189,18 @@ def test_a_failure_keeps_its_status_where_a_rank_takes_long_to_close(tmp_path, s
     assert (statuses, status["exit_code"], status["reason"]) == ([74], 74, "rank 0: DiskFull: no room")
 
 
+def test_a_lost_connection_is_not_the_reason_when_its_other_end_has_timed_out(
+    tmp_path, single_process_group, monkeypatch
+):
+    """Fault 27. gloo closes it before the rank whose collective has timed out can say so."""
+    left, sleep, lost = [], time.sleep, RuntimeError("gloo/transport/tcp/pair.cc: Connection closed by peer")
+    monkeypatch.setattr(Watchdog, "_leave", lambda self, error=None: left.append(error))
+    with pytest.raises(RuntimeError), Stops(tmp_path, 100) as stops, Watchdog(tmp_path, 600, stops) as watchdog:
+        monkeypatch.setattr(time, "sleep", lambda seconds: watchdog._store.set("hang", "1") or sleep(seconds))
+        raise lost
+    assert lost in left
+
+
 def test_what_the_user_has_set_for_the_recorder_stays(tmp_path, monkeypatch):
     names = ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE", "TORCH_NCCL_DUMP_ON_TIMEOUT")
     names += ("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE")
