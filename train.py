@@ -127,9 +127,10 @@ def main() -> int:
             else:
                 log("no checkpoint to resume from: a fresh start")
         stops.step = step = train_state.step
-        first_step, final = step + 1, step == cfg.training.steps
-        # A job that was killed in the validation after its last step is not finished.
-        owes_validation = final and cfg.validation.enable and not on_rank_zero(lambda: is_validated(dump_folder, step))
+        first_step = step + 1
+        owes_validation = False  # a job that was killed in the validation after its last step is not finished
+        if step == cfg.training.steps and cfg.validation.enable:
+            owes_validation = not on_rank_zero(lambda: is_validated(dump_folder, step))
         if first_step > cfg.training.steps and not owes_validation:
             log(f"this job is finished: {step} of {cfg.training.steps} steps are done; nothing to do")
             return 0

@@ -726,7 +726,10 @@ def load_config(argv: list[str], *, training: bool = True, world_size: int | Non
     cfg = read_toml(path) if path else JobConfig(models={"student": RoleConfig(flavor="tiny")})
     cfg.job.config_file = path
     if {"-h", "--help"} & set(overrides):
-        tyro.cli(JobConfig, default=cfg, args=["--help"], config=(tyro.conf.FlagConversionOff,), use_underscores=True)
+        whose = f"of {path}" if path else "of fine-tuning a student; give --job.config_file FILE for those of a recipe"
+        about = f"The keys {whose}. docs/config.md has those of all methods and roles."
+        config = (tyro.conf.FlagConversionOff,)
+        tyro.cli(JobConfig, default=cfg, args=["--help"], description=about, config=config, use_underscores=True)
     message = io.StringIO()
     try:
         with redirect_stderr(message):

@@ -213,9 +213,6 @@ class MetricLogger:
         summary = Summary(value=[Summary.Value(tag=tag, image=image)])
         self._writer._get_file_writer().add_summary(summary, step)
 
-    def __enter__(self) -> MetricLogger:
-        return self
-
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         """`close`. W&B shows a run that an exception ends as failed."""
         self.close(exit_code=0 if error is None else 1)

@@ -76,7 +76,7 @@ def _table(contract: SamplerContract) -> list[str]:
     return ["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows.items())]
 
 
-def _base_arguments(base: str) -> str:
+def base_arguments(base: str) -> str:
     """Of from_pretrained, for a pipeline named as `models.<role>.init_from` names it; a run's checkpoint is none."""
     if is_checkpoint(base):
         return repr(f"{base}, exported as diffusers: its folder")
@@ -98,7 +98,7 @@ def diffusers_lines(contract: SamplerContract, format: str, base: str, dtype: st
     lines = ["import torch", "from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline", ""]
     if format == "lora":
         lines += [
-            f"pipe = WanPipeline.from_pretrained({_base_arguments(base)}, {kind})",
+            f"pipe = WanPipeline.from_pretrained({base_arguments(base)}, {kind})",
             'pipe.load_lora_weights(".", weight_name="pytorch_lora_weights.safetensors")  # needs peft',
             f"pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift={contract.shift!r}, stochastic_sampling={sde})",
         ]

@@ -28,7 +28,7 @@ from fvtitan import samplers
 from fvtitan.assets import tiny_wan_path
 from fvtitan.components.checkpoint import Checkpointer
 from fvtitan.components.lora import LoRAConfig
-from fvtitan.components.model_card import EXAMPLE_PROMPT
+from fvtitan.components.model_card import EXAMPLE_PROMPT, base_arguments
 from fvtitan.config import RoleConfig, read_toml
 from fvtitan.contract import read_contract
 from fvtitan.methods import METHODS
@@ -421,6 +421,12 @@ def test_what_diffusers_reads_is_compared(runs, tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match="diffusers does not load what was exported: head.head.bias"):
         export("--checkpoint", runs.finetune, "--output", tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+def test_the_base_of_an_adapter_as_diffusers_takes_it(runs):
+    named = {"a/b": "'a/b'", "a/b@v1": "'a/b', revision='v1'", str(tiny_wan_path()): repr(str(tiny_wan_path()))}
+    assert {name: base_arguments(name) for name in named} == named
+    assert "exported as diffusers" in base_arguments(str(runs.finetune))
 
 
 def test_exports_need_nothing_that_only_tests_install(runs, tmp_path):

@@ -393,7 +393,8 @@ def rename_last_steps(text: str, tree: Path) -> None:
 def test_small(command, tree, trained, monkeypatch):
     smaller = next((words for program, words in SMALL.items() if re.search(program, command)), "")
     if "--help" in command:
-        assert "usage:" in run(command, tree, timeout=900)
+        text = run(command, tree, timeout=900)
+        assert "usage:" in text and ("tiny_dmd2" not in command or "student_update_interval" in text)
         return
     if command not in TRAIN:
         rename_last_steps(command, tree)

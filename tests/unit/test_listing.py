@@ -69,9 +69,8 @@ def test_a_folder_that_cannot_be_read_is_named(folder, monkeypatch):
     monkeypatch.setattr(os, "scandir", denied)
     with pytest.raises(UserError, match=f"--data {folder}: {folder}/deep: Permission denied"):
         list_records(folder)
-    (folder / "metadata.jsonl").write_text(
-        '{"file_name": "a.mp4", "caption": "a"}\n'
-    )  # what it may hold does not count
+    # A list says what counts.
+    (folder / "metadata.jsonl").write_text('{"file_name": "a.mp4", "caption": "a"}\n')
     records, ignored = list_records(folder)
     assert [record.file for record in records] == ["a.mp4"]
     assert [r.problem for r in ignored if r.file == "deep"] == ["a folder that cannot be read: Permission denied"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import math
@@ -269,7 +270,8 @@ def test_wandb_goes_on_in_the_same_run(tmp_path, monkeypatch):
     assert [options["id"] for options in started] == ["id0", "id0"] and started[0]["config"] == {"a": 1}
     assert [row["step"] for row in logged] == [1, 2, 3]
     keys = {"total_steps": 4, "resume_step": 3, "enable_wandb": True, "enable_tensorboard": False}
-    with pytest.raises(ZeroDivisionError), MetricLogger(tmp_path, **keys):
+    with pytest.raises(ZeroDivisionError), contextlib.ExitStack() as at_exit:
+        at_exit.push(MetricLogger(tmp_path, **keys))
         raise ZeroDivisionError
     assert ended == [0, 0, 1]
     assert not any("secret-token" in path.read_text() for path in tmp_path.rglob("*") if path.is_file())
